@@ -1,0 +1,13 @@
+"""Space 1: all eight primitives of DARTS."""
+from conas.genotype import Genotype  # noqa: F401  a printed `Genotype(...)` line can be pasted below
+
+PRIMITIVES = (
+    "none",
+    "max_pool_3x3",
+    "avg_pool_3x3",
+    "skip_connect",
+    "sep_conv_3x3",
+    "sep_conv_5x5",
+    "dil_conv_3x3",
+    "dil_conv_5x5",
+)

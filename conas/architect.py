@@ -1,0 +1,99 @@
+"""The terms of DARTS' bilevel gradient (arXiv:1806.09055, section 2.3); a space's `architect.py` puts them together.
+
+With weights w, alphas a, learning rate xi, momentum mu, velocity v and weight decay lambda:
+
+    w' = w - xi (mu v + grad_w L_train(w, a) + lambda w)                                              equation 6
+    hypergradient = grad_a L_val(w', a) - xi  d2/da dw L_train(w, a) . d,   d = grad_w' L_val(w', a)   equation 7
+    d2/da dw L_train . d  ~  [grad_a L_train(w + eps d, a) - grad_a L_train(w - eps d, a)] / (2 eps)    equation 8
+    eps = 0.01 / |d|
+
+Weights, velocity and their gradients are one flat vector each, and so are the alphas: the lines of a space's
+update are then the lines above.
+"""
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.functional import cross_entropy
+
+from conas.supernet import Supernet, frozen_statistics
+
+Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
+
+PERTURBATION = 0.01  # |eps d| in equation 8, the paper's footnote 2
+
+
+class Bilevel:
+    """The alphas' optimizer and the terms of their gradient. A space's Architect adds `hypergradient`.
+
+    `optimizer` is the SGD of the weights: the virtual step reads its momentum, velocity and weight decay, so that
+    it is the step that the weights are about to take. Nothing here changes weights or BatchNorm statistics.
+    """
+
+    def __init__(self, network: Supernet, optimizer: torch.optim.SGD, *, arch_learning_rate: float = 3e-4,
+                 arch_weight_decay: float = 1e-3, unrolled: bool = True):
+        self.network, self.optimizer, self.unrolled = network, optimizer, unrolled
+        self.momentum = optimizer.param_groups[0]["momentum"]
+        self.weight_decay = optimizer.param_groups[0]["weight_decay"]
+        self._weights, self._alphas = network.weights(), network.alphas()
+        self.alpha_optimizer = torch.optim.Adam(self._alphas.values(), lr=arch_learning_rate, betas=(0.5, 0.999),
+                                                weight_decay=arch_weight_decay)
+
+    def hypergradient(self, train: Batch, valid: Batch, xi: float) -> Tensor:
+        """The gradient of the validation loss by the flat alphas, through the virtual step of rate `xi`."""
+        raise NotImplementedError("a space's architect.py states its update here")
+
+    def step(self, train: Batch, valid: Batch, xi: float) -> None:
+        """One Adam step of the alphas: second order if `unrolled`, else on grad_a L_val(w, a) alone."""
+        with frozen_statistics(self.network):
+            gradient = self.hypergradient(train, valid, xi) if self.unrolled else self.grad_alpha(valid, self.weights())
+        for alpha, part in zip(self._alphas.values(), self._split(gradient, self._alphas).values()):
+            alpha.grad = part
+        self.alpha_optimizer.step()
+
+    # The state, as flat vectors.
+
+    def weights(self) -> Tensor:
+        """w, a copy."""
+        return _flatten(self._weights.values())
+
+    def velocity(self) -> Tensor:
+        """v, the momentum buffers of the weights' optimizer; zeros before its first step."""
+        state = self.optimizer.state
+        buffers = [state[w].get("momentum_buffer") if w in state else None for w in self._weights.values()]
+        return _flatten(torch.zeros_like(w) if v is None else v for w, v in zip(self._weights.values(), buffers))
+
+    # The terms.
+
+    def grad_weights(self, batch: Batch, w: Tensor) -> Tensor:
+        """grad_w L(w, a) on `batch`."""
+        w = w.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(self._loss(batch, w), [w])
+        return gradient
+
+    def grad_alpha(self, batch: Batch, w: Tensor) -> Tensor:
+        """grad_a L(w, a) on `batch`; no gradient of the weights is computed."""
+        return _flatten(torch.autograd.grad(self._loss(batch, w.detach()), list(self._alphas.values())))
+
+    def grad_alpha_and_weights(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
+        """grad_a L(w, a) and grad_w L(w, a) on `batch`, in one pass."""
+        w = w.detach().requires_grad_()
+        *alphas, weights = torch.autograd.grad(self._loss(batch, w), [*self._alphas.values(), w])
+        return _flatten(alphas), weights
+
+    def hessian_vector(self, batch: Batch, w: Tensor, d: Tensor) -> Tensor:
+        """d2/da dw L(w, a) . d on `batch`, by the central difference of equation 8."""
+        eps = PERTURBATION / d.norm()
+        return (self.grad_alpha(batch, w + eps * d) - self.grad_alpha(batch, w - eps * d)) / (2 * eps)
+
+    def _loss(self, batch: Batch, w: Tensor) -> Tensor:
+        images, labels = batch
+        return cross_entropy(functional_call(self.network, self._split(w, self._weights), (images,)), labels)
+
+    @staticmethod
+    def _split(flat: Tensor, like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
+        parts = flat.split([p.numel() for p in like.values()])
+        return {name: part.view_as(p) for (name, p), part in zip(like.items(), parts)}
+
+
+def _flatten(tensors) -> Tensor:
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
