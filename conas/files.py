@@ -21,6 +21,9 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except OSError as error:
+        error.filename = str(path)  # a full disk does not say what was being written
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -1,0 +1,122 @@
+"""What every script shares at its outermost edge: flags from dataclasses, one-line errors, exit codes, the device."""
+import argparse
+import dataclasses
+import difflib
+import errno
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+
+import torch
+
+from conas.errors import InputError
+
+
+def option(default, help: str, *, low=None, high=None, choices: Sequence[str] | None = None, even: bool = False):
+    """A dataclass field that is also a command-line flag. `low` and `high` are inclusive bounds."""
+    return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices,
+                                                        "even": even})
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argparse parser whose complaints are InputErrors: one line, not a usage text."""
+
+    def error(self, message: str):
+        raise InputError(f"{message} (--help lists the flags)")
+
+
+def parse(description: str, groups: Sequence[type], argv: Sequence[str] | None = None) -> list:
+    """Parse `argv` into one instance of each dataclass in `groups`; a dataclass is a group of flags in --help.
+
+    Its docstring is the group's title, its fields are `option`s. Raises InputError for unknown flags, values that
+    do not parse, and values out of range.
+    """
+    parser = _Parser(description=description, allow_abbrev=False,
+                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    for group in groups:
+        arguments = parser.add_argument_group(group.__doc__.splitlines()[0])
+        types_of_fields = typing.get_type_hints(group)
+        for field in dataclasses.fields(group):
+            _add_flag(arguments, field, types_of_fields[field.name])
+    values, unknown = parser.parse_known_args(argv)
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+        parser.error(f"{unknown[0]}: unknown flag" + (f"; did you mean {near[0]}?" if near else ""))
+    for group in groups:
+        for field in dataclasses.fields(group):
+            _check_range(field, getattr(values, field.name))
+    return [group(**{f.name: getattr(values, f.name) for f in dataclasses.fields(group)}) for group in groups]
+
+
+def _add_flag(arguments, field: dataclasses.Field, kind) -> None:
+    if isinstance(kind, types.UnionType):  # X | None: absent unless given
+        kind = next(k for k in typing.get_args(kind) if k is not type(None))
+    shown = "" if field.default is None else f" (default: {field.default})"
+    text = field.metadata["help"].replace("%", "%%")
+    settings = {"default": field.default, "help": text + shown}
+    if kind is bool:
+        settings |= {"action": argparse.BooleanOptionalAction}
+    elif typing.get_origin(kind) is tuple:
+        settings |= {"type": typing.get_args(kind)[0], "nargs": "+", "choices": field.metadata["choices"]}
+    else:
+        settings |= {"type": kind, "choices": field.metadata["choices"],
+                     "metavar": None if field.metadata["choices"] else kind.__name__.upper()}
+    arguments.add_argument(f"--{field.name}", **settings)
+
+
+def _check_range(field: dataclasses.Field, value) -> None:
+    low, high = field.metadata["low"], field.metadata["high"]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        # `not >=` rather than `<`, so that NaN is refused
+        if low is not None and not value >= low:
+            raise InputError(f"--{field.name} {value}: must be at least {low}")
+        if high is not None and not value <= high:
+            raise InputError(f"--{field.name} {value}: must be at most {high}")
+        if field.metadata["even"] and value % 2:
+            raise InputError(f"--{field.name} {value}: must be even, since a reduction splits channels in two halves")
+
+
+def run(main: Callable[[], None]) -> int:
+    """Call `main` and return the exit code: 0, 2 for the user's errors (one line on stderr), 130 after Ctrl-C."""
+    try:
+        main()
+    except InputError as error:
+        return _complain(error)
+    except KeyboardInterrupt:
+        print("\nstopped; start the same command again to go on from the last checkpoint", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # `python test_all.py | head`: nobody reads on, which is no error of ours
+        sys.stderr.close()
+        return 1
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
+            raise
+        return _complain(f"{error.filename or 'output'}: {error.strerror}; nothing earlier was changed. "
+                         "Free space or permit writing there, then start the same command again")
+    return 0
+
+
+def _complain(error) -> int:
+    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    return 2
+
+
+def find_device(name: str) -> torch.device:
+    """The device for a `--device` value: auto, cpu, cuda, cuda:N or mps. Raises InputError if it is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else
+                            "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise InputError(f"--device {name}: not a device; use auto, cpu, cuda, cuda:N or mps") from error
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device {name}: not supported; use auto, cpu, cuda, cuda:N or mps")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: this machine shows {torch.cuda.device_count()} CUDA devices; "
+                         "use --device cpu or auto")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError(f"--device {name}: no Metal device here; use --device cpu or auto")
+    return device
