@@ -1,0 +1,53 @@
+"""Augmentation of whole batches: random crop, horizontal flip and Cutout, drawn anew for every image.
+
+Draws are made on the CPU and applied on the device of the images, so that every device sees the same batch; nothing
+here waits for the device.
+"""
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def padding(image_size: int) -> int:
+    """Pixels of padding for the crop: the usual 4, but no more than an eighth of a small image."""
+    return min(4, (image_size + 4) // 8)
+
+
+def draw(count: int, image_size: int, generator: torch.Generator) -> Tensor:
+    """Draws for `count` images: int64 (count, 5), the columns top and left of the crop in the padded image, flip,
+    and row and column of the centre of Cutout's square.
+
+    All five are drawn whether they are used or not, so that a flag changes nothing but its own effect.
+    """
+    offsets = 2 * padding(image_size) + 1
+    limits = (offsets, offsets, 2, image_size, image_size)
+    return torch.stack([torch.randint(limit, (count,), generator=generator) for limit in limits], dim=1)
+
+
+def crop_and_flip(images: Tensor, draws: Tensor, flip: bool) -> Tensor:
+    """Crop each image (N, C, S, S) from itself padded with zeros, and mirror those drawn, if `flip`."""
+    N, C, S, _ = images.shape
+    margin = padding(S)
+    top, left, mirrored = draws[:, :3].unsqueeze(-1).unbind(1)  # (N, 1) each
+    line = torch.arange(S, device=images.device)
+    rows, columns = top + line, left + (torch.where(mirrored == 1, S - 1 - line, line) if flip else line)
+    pixels = rows[:, :, None] * (S + 2 * margin) + columns[:, None, :]  # (N, S, S), into the flat padded image
+    padded = pad(images, (margin,) * 4).flatten(2)
+    return padded.gather(2, pixels.view(N, 1, -1).expand(N, C, -1)).view_as(images)
+
+
+def normalise(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """uint8 (N, C, H, W) to float32, channels_last, with zero mean and unit variance; `mean`, `std` as of
+    `DataInfo.moments`."""
+    return images.to(torch.float32, memory_format=torch.channels_last).sub_(mean).div_(std)
+
+
+def cutout(x: Tensor, draws: Tensor, length: int) -> Tensor:
+    """Set a square of `length` pixels to zero in each image of `x` (N, C, S, S), in place; returns `x`.
+
+    The square may reach over the border, as in the paper (arXiv:1708.04552), so that less of the image is lost.
+    """
+    begin = draws[:, 3:] - length // 2  # (N, 2), row and column
+    line = torch.arange(x.shape[-1], device=x.device)
+    inside = (line >= begin[..., None]) & (line < begin[..., None] + length)  # (N, 2, S)
+    return x.masked_fill_((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0)

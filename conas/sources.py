@@ -1,0 +1,199 @@
+"""Where images come from: the archives that torchvision knows, folders of files, and the digits that come along.
+
+A reader takes (root, split) and returns (class names, images, labels): the images as a uint8 tensor (N, C, H, W) or
+as `ImageFiles` that are not decoded yet, the labels as int64 (N,). Readers raise InputError for what is missing or
+damaged.
+"""
+import importlib.util
+import os
+import pickle
+import shutil
+import socket
+import tempfile
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision import datasets
+
+from conas.errors import InputError
+from conas.splits import stratified_split
+
+DIGITS = Path(__file__).resolve().parent.parent / "data" / "digits.npz"
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
+SPLIT_SEED = 0  # of test splits that are ours: they must not depend on the seed of a run
+PATIENCE = 20   # seconds without an answer before a download has failed
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Files below `root`, by their relative names."""
+
+    root: Path
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, indices: Tensor) -> "ImageFiles":
+        return ImageFiles(self.root, [self.names[i] for i in indices.tolist()])
+
+    def decode(self, i: int, image_size: int) -> Tensor:
+        """The central square of image i in RGB, resized: uint8 (3, image_size, image_size)."""
+        path = self.root / self.names[i]
+        try:
+            with Image.open(path) as image:
+                if image.mode.startswith("I"):  # 16 bits: PIL would cut values off at 255
+                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+                image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BILINEAR)
+        except Exception as error:  # PIL's decoders raise whatever broken bytes lead them to
+            raise InputError(f"{path}: cannot be read as an image ({error}); repair it or take it away") from error
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+Source = tuple[tuple[str, ...], Tensor | ImageFiles, Tensor]
+
+
+def _digits(root: Path, split: str) -> Source:
+    """The UCI handwritten digits of data/README.md, scaled from 0..16 to 0..255; `root` is not needed."""
+    try:
+        with DIGITS.open("rb") as file:
+            arrays = np.load(file, allow_pickle=False)
+            images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).long()
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise InputError(f"{DIGITS}: missing or damaged ({error}); it is part of the repository, restore it from "
+                         "there") from error
+    test = 450 / len(labels)
+    chosen = stratified_split(labels, [1 - test, test], SPLIT_SEED)[split == "test"]
+    images = (images[chosen].float() * 255 / 16).round().to(torch.uint8)
+    return tuple("0123456789"), images[:, None], labels[chosen]
+
+
+def _cifar(kind: type[datasets.CIFAR10], root: Path, split: str) -> Source:
+    data = _obtain(partial(kind, train=split == "train"), root, [kind.filename], os.path.dirname(kind.url))
+    images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
+    return tuple(data.classes), images, torch.tensor(data.targets)
+
+
+def _svhn(root: Path, split: str) -> Source:
+    if importlib.util.find_spec("scipy") is None:
+        raise InputError("--dataset svhn: torchvision reads its files by scipy, which is not installed; "
+                         "pip install scipy")
+    url, name, _ = datasets.SVHN.split_list[split]
+    data = _obtain(partial(datasets.SVHN, split=split), root, [name], os.path.dirname(url))
+    return tuple("0123456789"), torch.from_numpy(np.ascontiguousarray(data.data)), torch.from_numpy(data.labels)
+
+
+def _fashionmnist(root: Path, split: str) -> Source:
+    kind = datasets.FashionMNIST
+    archives = [f"FashionMNIST/raw/{name}" for name, _ in kind.resources]
+    data = _obtain(partial(kind, train=split == "train"), root, archives, kind.mirrors[0])
+    return tuple(kind.classes), data.data[:, None], data.targets
+
+
+def _imagenette(root: Path, split: str) -> Source:
+    part = {"train": "train", "test": "val"}[split]
+    data = _obtain(partial(datasets.Imagenette, split=part, size="160px"), root, ["imagenette2-160.tgz"],
+                   "https://github.com/fastai/imagenette")
+    _, files, labels = _class_folders(root, f"imagenette2-160/{part}")
+    return tuple(names[0] for names in data.classes), files, labels
+
+
+def _obtain(build: Callable[..., datasets.VisionDataset], root: Path, archives: list[str], page: str
+            ) -> datasets.VisionDataset:
+    """`build` a torchvision data set at `root`; if that fails, unpack `archives`, downloaded first if need be.
+
+    torchvision writes in place, and takes some half-written folders for complete ones. So this happens in a temporary
+    folder, of which only a complete result is moved to `root`.
+    """
+    failures = (RuntimeError, OSError, ValueError, TypeError, LookupError, AssertionError, EOFError,
+                pickle.UnpicklingError)
+    try:
+        return build(root, download=False)
+    except failures:
+        pass  # not there, or not whole
+    missing = [name for name in archives if not (root / name).is_file()]
+    timeout = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(PATIENCE)  # torchvision sets none, and would wait for minutes
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=".download-", dir=root) as scratch:
+            for name in set(archives) - set(missing):
+                copy = Path(scratch, name)
+                copy.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(root / name, copy)
+            build(scratch, download=True)
+            for entry in Path(scratch).iterdir():
+                if (root / entry.name).is_dir():
+                    shutil.rmtree(root / entry.name)
+                entry.replace(root / entry.name)
+        return build(root, download=False)
+    except failures as error:
+        reason = str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__
+        state = "not found, and the download" if missing else "damaged or not unpacked, and a new download"
+        raise InputError(f"{root / (missing or archives)[0]}: {state} failed ({reason}); put {', '.join(archives)} "
+                         f"from {page} into {root}, or use --dataset digits, which needs no network") from error
+    finally:
+        socket.setdefaulttimeout(timeout)
+
+
+def _folder(root: Path, split: str) -> Source:
+    """A folder of class folders, or of train/ and test/ that hold the same class folders.
+
+    val/ serves as test where there is no test/, and is not read where there is one. Without either, a fixed,
+    stratified fifth of the images is the test split.
+    """
+    if not root.is_dir():
+        raise InputError(f"--data {root}: {'not a folder' if root.exists() else 'no such folder'}; --dataset folder "
+                         "reads a folder of class folders")
+    train = "train" if (root / "train").is_dir() else ""
+    test = next((name for name in ("test", "val") if train and (root / name).is_dir()), None)
+    classes, files, labels = _class_folders(root, train)
+    if test:
+        test_classes, *test_part = _class_folders(root, test)
+        if odd := sorted(set(classes) ^ set(test_classes)):
+            raise InputError(f"--data {root}: {', '.join(odd)} not in both {train}/ and {test}/; they must hold the "
+                             "same class folders")
+        return (classes, *test_part) if split == "test" else (classes, files, labels)
+    few = [f"{classes[i]} ({n})" for i, n in enumerate(torch.bincount(labels).tolist()) if n < 5]
+    if few:
+        raise InputError(f"--data {root}: fewer than 5 images in {', '.join(few)}; a fifth of every class is set aside "
+                         "for the test, so add images, or give train/ and test/ folders")
+    chosen = stratified_split(labels, [0.8, 0.2], SPLIT_SEED)[split == "test"]
+    return classes, files[chosen], labels[chosen]
+
+
+def _class_folders(root: Path, part: str) -> tuple[tuple[str, ...], ImageFiles, Tensor]:
+    """The images in the class folders of root/part, at any depth, by class and name."""
+    folders = sorted((f for f in (root / part).iterdir() if f.is_dir() and not f.name.startswith(".")),
+                     key=lambda f: f.name)
+    if len(folders) < 2:
+        raise InputError(f"{root / part}: holds {len(folders)} folders, but needs one folder for each of two or more "
+                         "classes")
+    names, labels = [], []
+    for label, path in enumerate(folders):
+        found = sorted(f.relative_to(root).as_posix() for f in path.rglob("*")
+                       if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
+        if not found:
+            raise InputError(f"{path}: no images in this class folder ({' '.join(SUFFIXES)}); fill it or take it away")
+        names += found
+        labels += [label] * len(found)
+    return tuple(f.name for f in folders), ImageFiles(root, names), torch.tensor(labels)
+
+
+READERS: dict[str, Callable[[Path, str], Source]] = {
+    "cifar10": partial(_cifar, datasets.CIFAR10),
+    "cifar100": partial(_cifar, datasets.CIFAR100),
+    "svhn": _svhn,
+    "fashionmnist": _fashionmnist,
+    "imagenette": _imagenette,
+    "folder": _folder,
+    "digits": _digits,
+}

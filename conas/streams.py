@@ -1,0 +1,64 @@
+"""Endless streams of training batches that can start at any step: a batch is a function of the seed and its number."""
+from collections.abc import Iterator
+from itertools import count
+
+import torch
+from torch import Tensor
+
+from conas.augment import crop_and_flip, cutout, draw, normalise
+from conas.data import ImageSet
+from conas.errors import InputError
+from conas.splits import generator, stratified_split
+
+__all__ = ["Stream", "stratified_split"]
+
+
+class Stream:
+    """Shuffled, augmented batches of one part of an image set, for a whole run.
+
+    `indices` (n,) select the part and `name` tells its random numbers from those of other streams with the same
+    `seed`. Every epoch shows each image once; its last batch may be short, unless `drop_last`. `workers` processes
+    decode images that are too many for memory; they change nothing in the batches. Raises InputError for an empty
+    part and for a batch larger than the part.
+    """
+
+    def __init__(self, images: ImageSet, indices: Tensor, batch_size: int, *, name: str, seed: int,
+                 device: torch.device | str, augment: bool = True, cutout_length: int = 0, drop_last: bool = False,
+                 workers: int = 0):
+        if len(indices) == 0:
+            raise InputError(f"--train_portion: leaves no images for the {name}; choose one further from 0 and 1")
+        if batch_size > len(indices):
+            raise InputError(f"--batch_size {batch_size}: there are only {len(indices)} images for the {name}; "
+                             "choose a smaller batch")
+        self.images, self.indices, self.batch_size = images, indices.cpu(), batch_size
+        self.name, self.seed, self.device = name, seed, torch.device(device)
+        self.augment, self.cutout_length, self.workers = augment, cutout_length, workers
+        self.steps = len(indices) // batch_size if drop_last else -(-len(indices) // batch_size)
+
+    def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches `start`, `start` + 1, ... without end: float32 images (B, C, H, W), channels_last, and labels (B,).
+
+        Each call starts its own workers: call it once and take from it as long as the run lasts.
+        """
+        mean, std = self.images.info.moments(self.device)
+        images = self.images.gather(self._index_batches(start), self.device, self.workers)
+        for step, (x, y) in zip(count(start), images):
+            if self.augment:
+                draws = draw(len(y), x.shape[-1], generator(self.seed, self.name, "augmentation", step))
+                draws = draws.to(self.device, non_blocking=True)
+                x = crop_and_flip(x, draws, self.images.info.flip)
+            x = normalise(x, mean, std)
+            if self.augment and self.cutout_length:
+                x = cutout(x, draws, self.cutout_length)
+            yield x, y
+
+    def order(self, epoch: int) -> Tensor:
+        """The part's indices (n,) as they are shown in `epoch`."""
+        numbers = generator(self.seed, self.name, "order", epoch)
+        return self.indices[torch.randperm(len(self.indices), generator=numbers)]
+
+    def _index_batches(self, start: int) -> Iterator[Tensor]:
+        first_epoch, done = divmod(start, self.steps)
+        for epoch in count(first_epoch):
+            yield from self.order(epoch).split(self.batch_size)[done:self.steps]
+            done = 0
