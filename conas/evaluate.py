@@ -1,0 +1,151 @@
+"""Test checkpoints: logits of every test image, stored beside the checkpoint that gave them."""
+import csv
+import io
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from conas import checkpoint as checkpoints
+from conas.cli import find_device, parse
+from conas.config import TestOptions
+from conas.data import ImageSet, load
+from conas.errors import InputError
+from conas.files import atomic_path, write_text
+from conas.run import folder_name, list_checkpoints
+from conas.spaces import Space
+
+
+@dataclass
+class Scores:
+    """What one checkpoint says of every test image, and where that comes from."""
+
+    logits: Tensor          # (N, K) float32
+    labels: Tensor          # (N,) int64
+    space: str
+    stage: str              # search or train
+    epoch: int
+    checkpoint_sha256: str
+    dataset: str
+    fingerprint: str        # of the images and labels in their order
+    classes: list[str]      # K names
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(N, K) float32: the softmax of the logits."""
+        return self.logits.softmax(dim=1)
+
+    def top(self, k: int) -> float:
+        """Accuracy in percent when the k best classes count."""
+        k = min(k, self.logits.shape[1])
+        return 100 * (self.logits.topk(k, dim=1).indices == self.labels[:, None]).any(dim=1).double().mean().item()
+
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        return cross_entropy(self.logits.double(), self.labels).item()
+
+
+def save_scores(path: Path, scores: Scores) -> None:
+    """Write scores as .npz, atomically: logits, probabilities, labels and the other fields, no objects."""
+    fields = {k: v.numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in vars(scores).items()}
+    with atomic_path(path) as temporary:
+        np.savez(temporary, probabilities=scores.probabilities.numpy(), **fields)
+
+
+def load_scores(path: Path) -> Scores:
+    """Read scores. Raises InputError naming the file if it is missing, damaged or incomplete."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            scores = Scores(
+                logits=torch.from_numpy(file["logits"]), labels=torch.from_numpy(file["labels"]),
+                space=str(file["space"]), stage=str(file["stage"]), epoch=int(file["epoch"]),
+                checkpoint_sha256=str(file["checkpoint_sha256"]), dataset=str(file["dataset"]),
+                fingerprint=str(file["fingerprint"]), classes=file["classes"].tolist())
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+        raise InputError(f"{path}: cannot be read as probabilities ({error}); delete it and start test_all.py again"
+                         ) from error
+    if (scores.logits.ndim != 2 or scores.logits.dtype != torch.float32 or scores.labels.dtype != torch.int64
+            or scores.logits.shape != (len(scores.labels), len(scores.classes))):
+        raise InputError(f"{path}: its logits, labels and classes do not fit together; delete it and start "
+                         "test_all.py again")
+    return scores
+
+
+@torch.inference_mode()
+def predict(network: nn.Module, images: ImageSet, batch_size: int, device: torch.device,
+            indices: Tensor | None = None) -> Tensor:
+    """Logits (N, K), float32 on the CPU, of a network in evaluation mode, for all images or those of `indices`."""
+    network = network.to(device, memory_format=torch.channels_last).eval()
+    logits = [network(x) for x, _ in images.batches(batch_size, device, indices)]
+    return torch.cat(logits).float().cpu()
+
+
+@lru_cache(maxsize=1)
+def _test_images(dataset: str, root: str, image_size: int, subset: int | None) -> ImageSet:
+    return load(dataset, root, "test", image_size=image_size, subset=subset)
+
+
+def scores_for(space: Space, path: Path, options: TestOptions) -> Scores:
+    """The scores of the checkpoint at `path` on its test split, from the stored file if that is of this checkpoint.
+
+    Computes and stores them otherwise. Raises InputError for a checkpoint that is damaged or of another space.
+    """
+    stored = path.parent.parent / "probabilities" / f"{path.stem}.npz"
+    digest = checkpoints.sha256(path)
+    if stored.exists():
+        scores = load_scores(stored)
+        if scores.checkpoint_sha256 == digest and scores.space == space.name:
+            return scores
+    checkpoint = checkpoints.load(path)
+    network = checkpoints.restore(path, checkpoint, space.name, space.network)
+    about = checkpoint["dataset"]
+    images = _test_images(about["name"], options.data or about["root"], about["image_size"], about["subset"])
+    if list(images.info.classes) != about["classes"]:
+        raise InputError(f"{options.data or about['root']}: has the classes {', '.join(images.info.classes)}, but "
+                         f"{path} was searched on {', '.join(about['classes'])}; name the right folder with --data")
+    scores = Scores(
+        logits=predict(network, images, options.batch_size, find_device(options.device)),
+        labels=images.labels.cpu(), space=space.name, stage=checkpoint["stage"], epoch=checkpoint["epoch"],
+        checkpoint_sha256=digest, dataset=about["name"], fingerprint=images.fingerprint,
+        classes=list(images.info.classes))
+    save_scores(stored, scores)
+    return scores
+
+
+def test_all(space: Space, options: TestOptions, show: Callable[[str], None] = tqdm.write) -> list[dict]:
+    """Test every checkpoint of a search; one row for each: epoch, loss (nats), top1, top5 (percent).
+
+    Rows go to `show` as they come, and to test_all.csv in the run's folder.
+    """
+    folder = space.search_folder(folder_name(options.save))
+    rows = []
+    # disable=None: a bar on a terminal, silence in a file
+    for epoch, path in tqdm(list_checkpoints(folder).items(), desc=space.name, unit="checkpoint", disable=None):
+        scores = scores_for(space, path, options)
+        row = {"epoch": epoch, "loss": scores.loss(), "top1": scores.top(1), "top5": scores.top(5)}
+        show(f"{space.name}  epoch {epoch:3d}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f} %  "
+             f"top-5 {row['top5']:6.2f} %")
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "test_all.csv", text.getvalue())
+    show(f"{len(rows)} checkpoints, {len(scores.labels)} test images of {scores.dataset}: {folder / 'test_all.csv'}")
+    return rows
+
+
+test_all.__test__ = False  # a command, not a pytest test
+
+
+def main(folder: Path, network: type, description: str, argv: list[str] | None = None) -> None:
+    """The command `python test_all.py` of the space in `folder`."""
+    (options,) = parse(description, [TestOptions], argv)
+    test_all(Space(folder.name, folder, network), options)

@@ -1,0 +1,92 @@
+"""Run folders: one folder holds one run, is never overwritten, and goes on when the same command is started again.
+
+    search-EXP/
+        args.json  log.txt  metrics.jsonl           arguments, what was printed, one line of numbers an epoch
+        checkpoints/epoch_000.pt ...  resume.pt     networks by epoch; all that the next epoch needs
+        genotypes/epoch_000.json ...  genotype.json  the cells by epoch, and the last
+        cells/                                      pictures of the last cells
+        probabilities/epoch_000.npz ...  test_all.csv  written by test_all.py
+"""
+import json
+import re
+from pathlib import Path
+
+from tqdm import tqdm
+
+import conas
+from conas.errors import InputError
+from conas.files import write_json, write_text
+
+# Where and how fast a run computes is free to change between two starts; what it computes is not.
+FREE = {"data", "device", "workers", "report_freq", "save"}
+
+
+class Run:
+    """The folder of a run, opened for writing.
+
+    Raises InputError if the folder holds a run with other arguments, or something that is not a run.
+    """
+
+    def __init__(self, folder: Path, arguments: dict):
+        self.folder = folder
+        path = folder / "args.json"
+        if path.exists():
+            _compare(folder, read_arguments(folder), arguments)
+        elif folder.is_dir() and any(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
+            raise InputError(f"{folder}: is not empty and holds no run; give --save another name, or move it away")
+        else:
+            write_json(path, {"version": conas.__version__, "arguments": arguments})
+
+    def log(self, text: str) -> None:
+        """Print a line, above a progress bar if there is one, and keep it in log.txt."""
+        tqdm.write(text)
+        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+    def write_metrics(self, rows: list[dict]) -> None:
+        """Write metrics.jsonl anew: whole, so that no epoch is ever there twice or missing."""
+        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def path(self, kind: str, epoch: int, suffix: str) -> Path:
+        """For example checkpoints/epoch_007.pt."""
+        return self.folder / kind / f"epoch_{epoch:03d}{suffix}"
+
+
+def read_arguments(folder: Path) -> dict:
+    """The arguments of the run in `folder`. Raises InputError if there is none or its args.json is damaged."""
+    path = folder / "args.json"
+    try:
+        arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no such run; start train_search.py there first, or name another with --save"
+                         ) from error
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(f"{path}: damaged; delete it, if you know that the run's arguments are the same") from error
+    if not isinstance(arguments, dict):
+        raise InputError(f"{path}: damaged; its arguments are not an object")
+    return arguments
+
+
+def _compare(folder: Path, before: dict, now: dict) -> None:
+    differ = [f"--{name} {before.get(name)} (now {now.get(name)})" for name in sorted(before.keys() | now.keys())
+              if name not in FREE and before.get(name) != now.get(name)]
+    if differ:
+        raise InputError(f"{folder}: holds a run with {', '.join(differ)}; start it with those arguments to go on, "
+                         "or give --save another name")
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run by epoch. Raises InputError if there is none."""
+    found = {int(match[1]): path for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))
+             if (match := re.fullmatch(r"epoch_(\d+)\.pt", path.name))}
+    if not found:
+        raise InputError(f"{folder}: has no checkpoints; start train_search.py there first, or name another run "
+                         "with --save")
+    return dict(sorted(found.items()))
+
+
+def folder_name(save: str) -> str:
+    """Check a --save value: it becomes part of a folder's name."""
+    if not re.fullmatch(r"[\w.-]+", save):
+        raise InputError(f"--save {save}: use letters, digits, dots, dashes and underscores only")
+    return save
