@@ -1,0 +1,34 @@
+# `make demo` and `make test` need python3, make and a package index; everything else they set up themselves.
+PYTHON ?= python3
+BIN := .venv/bin
+SMALL := --dataset digits --init_channels 8 --layers 3 --epochs 12 --batch_size 32 --save demo
+SPACES := cnn_space1 cnn_space2 cnn_space3
+
+.PHONY: demo test lint clean
+.DELETE_ON_ERROR:
+
+.venv/.core: requirements.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed; try make PYTHON=python3.12")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --disable-pip-version-check -q -r requirements.txt
+	touch $@
+
+.venv/.dev: requirements-dev.txt .venv/.core
+	$(BIN)/pip install --disable-pip-version-check -q -r requirements-dev.txt
+	touch $@
+
+# Search all spaces on the digits that come with the project, test every checkpoint, average the committee.
+demo: .venv/.core
+	for space in $(SPACES); do (cd $$space && ../$(BIN)/python train_search.py $(SMALL)) || exit; done
+	for space in $(SPACES); do (cd $$space && ../$(BIN)/python test_all.py --save demo) || exit; done
+	$(BIN)/python test_ensemble.py --save demo
+
+test: .venv/.dev
+	$(BIN)/python -m pytest
+	$(BIN)/python -m tests.parity tests/space1_seed0.npz tests/space2_seed0.npz tests/space3_seed0.npz
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf .venv cnn_space*/search-demo committee-demo
