@@ -19,7 +19,7 @@ def option(default, help: str, *, low=None, high=None, choices: Sequence[str] | 
                                                         "even": even})
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are InputErrors: one line, not a usage text."""
 
     def error(self, message: str):
@@ -32,7 +32,7 @@ def parse(description: str, groups: Sequence[type], argv: Sequence[str] | None =
     Its docstring is the group's title, its fields are `option`s. Raises InputError for unknown flags, values that
     do not parse, and values out of range.
     """
-    parser = _Parser(description=description, allow_abbrev=False,
+    parser = Parser(description=description, allow_abbrev=False,
                      formatter_class=argparse.RawDescriptionHelpFormatter)
     for group in groups:
         arguments = parser.add_argument_group(group.__doc__.splitlines()[0])
