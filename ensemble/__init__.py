@@ -1,0 +1,1 @@
+"""Many networks: how members are combined into a committee, measured, reported and drawn."""
