@@ -37,9 +37,7 @@ def fill(network: nn.Module, seed: int) -> None:
         shape = tuple(entry.shape)
         if name.endswith("running_mean"):
             values = rng.uniform(-0.5, 0.5, shape)
-        elif name.endswith("running_var"):
-            values = rng.uniform(0.5, 1.5, shape)
-        elif len(shape) == 1 and name.endswith("weight"):
+        elif name.endswith("running_var") or (len(shape) == 1 and name.endswith("weight")):
             values = rng.uniform(0.5, 1.5, shape)
         elif len(shape) == 1:
             values = 0.1 * rng.standard_normal(shape)

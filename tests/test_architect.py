@@ -103,7 +103,8 @@ def test_step_changes_nothing_but_the_alphas(space, unrolled):
     architect.step(batch, batch, 0.025)
     for name, entry in network.state_dict().items():
         assert torch.equal(entry, before[name]) != name.startswith("alphas_"), name
-    assert all(torch.equal(optimizer.state[w]["momentum_buffer"], v) for w, v in zip(network.weights().values(), velocity))
+    after = [optimizer.state[w]["momentum_buffer"] for w in network.weights().values()]
+    assert all(torch.equal(a, b) for a, b in zip(after, velocity))
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     assert norms and all(norm.track_running_stats for norm in norms)
 

@@ -53,7 +53,8 @@ def test_round_trip_from_the_file_alone(tmp_path):
 def test_every_space_loads_from_the_root(tmp_path, space):
     network_class = import_module(f"{space}.model_search").Network
     path = written(tmp_path / "a.pt", network_class(C=2, layers=3), space)
-    assert checkpoints.restore(path, checkpoints.load(path), space, network_class).primitives == network_class.primitives
+    network = checkpoints.restore(path, checkpoints.load(path), space, network_class)
+    assert type(network) is network_class
 
 
 def test_another_space_is_refused_though_the_shapes_agree(tmp_path):

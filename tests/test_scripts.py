@@ -153,8 +153,9 @@ def test_a_run_is_never_overwritten(copy):
 
 
 def test_ctrl_c(copy):
-    process = subprocess.Popen([sys.executable, "train_search.py", *SMALL, "--epochs", "500", "--save", "long"],
-                               cwd=copy.root / "cnn_space3", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    command = [sys.executable, "train_search.py", *SMALL, "--epochs", "500", "--save", "long"]
+    process = subprocess.Popen(command, cwd=copy.root / "cnn_space3", stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True)
     while not (copy.root / "cnn_space3" / "search-long" / "resume.pt").exists():
         assert process.poll() is None
         time.sleep(0.02)
