@@ -29,6 +29,8 @@ class AugmentOptions:
     cutout_length: int = option(16, "side of that square in pixels", low=1)
     train_portion: float = option(0.5, "part of the training images that trains weights; the rest trains alphas",
                                   low=0.0, high=1.0)
+    split_seed: int = option(0, "of that split; equal for all members of a committee, so that it can be fitted on "
+                             "images that no member's weights have seen", low=0, high=2**31 - 1)
 
 
 @dataclass
@@ -66,7 +68,7 @@ class RunOptions:
     """run"""
 
     save: str = option("EXP", "name of the run: everything goes to the folder search-NAME beside the script")
-    seed: int = option(2, "of initial weights, splits, order and augmentation", low=0, high=2**31 - 1)
+    seed: int = option(2, "of initial weights, order and augmentation", low=0, high=2**31 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     report_freq: int = option(50, "steps between two looks at loss and accuracy", low=1)
 

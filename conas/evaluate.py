@@ -1,5 +1,6 @@
 """Test checkpoints: logits of every test image, stored beside the checkpoint that gave them."""
 import csv
+import hashlib
 import io
 import zipfile
 from collections.abc import Callable
@@ -21,6 +22,19 @@ from conas.errors import InputError
 from conas.files import atomic_path, write_text
 from conas.run import folder_name, list_checkpoints
 from conas.spaces import Space
+from conas.splits import stratified_split
+
+
+def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Fraction of images whose label is among the k classes of highest score; scores (N, K), labels (N,).
+
+    Of equal scores the first counts as higher, as for argmax. With k >= K this is 1: a top-5 of four classes says
+    nothing.
+    """
+    own = scores.gather(1, labels[:, None])
+    earlier = torch.arange(scores.shape[1], device=labels.device) < labels[:, None]
+    before = (scores > own) | ((scores == own) & earlier)
+    return (before.sum(dim=1) < k).double().mean().item()
 
 
 @dataclass
@@ -32,6 +46,8 @@ class Scores:
     space: str
     stage: str              # search or train
     epoch: int
+    seed: int
+    split: str              # test, or valid: the training images that this network's weights have not seen
     checkpoint_sha256: str
     dataset: str
     fingerprint: str        # of the images and labels in their order
@@ -44,8 +60,7 @@ class Scores:
 
     def top(self, k: int) -> float:
         """Accuracy in percent when the k best classes count."""
-        k = min(k, self.logits.shape[1])
-        return 100 * (self.logits.topk(k, dim=1).indices == self.labels[:, None]).any(dim=1).double().mean().item()
+        return 100 * topk_accuracy(self.logits, self.labels, k)
 
     def loss(self) -> float:
         """Mean cross-entropy in nats."""
@@ -66,6 +81,7 @@ def load_scores(path: Path) -> Scores:
             scores = Scores(
                 logits=torch.from_numpy(file["logits"]), labels=torch.from_numpy(file["labels"]),
                 space=str(file["space"]), stage=str(file["stage"]), epoch=int(file["epoch"]),
+                seed=int(file["seed"]), split=str(file["split"]),
                 checkpoint_sha256=str(file["checkpoint_sha256"]), dataset=str(file["dataset"]),
                 fingerprint=str(file["fingerprint"]), classes=file["classes"].tolist())
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
@@ -87,17 +103,17 @@ def predict(network: nn.Module, images: ImageSet, batch_size: int, device: torch
     return torch.cat(logits).float().cpu()
 
 
-@lru_cache(maxsize=1)
-def _test_images(dataset: str, root: str, image_size: int, subset: int | None) -> ImageSet:
-    return load(dataset, root, "test", image_size=image_size, subset=subset)
+_load = lru_cache(maxsize=2)(load)  # all checkpoints of a run are tested on the same images
 
 
-def scores_for(space: Space, path: Path, options: TestOptions) -> Scores:
-    """The scores of the checkpoint at `path` on its test split, from the stored file if that is of this checkpoint.
+def scores_for(space: Space, path: Path, options: TestOptions, split: str = "test") -> Scores:
+    """The scores of the checkpoint at `path` on a split, from the stored file if that is of this checkpoint.
 
-    Computes and stores them otherwise. Raises InputError for a checkpoint that is damaged or of another space.
+    Computes and stores them otherwise. `split` is "test", or "valid": the part of the training images that its
+    weights have not seen. Raises InputError for a checkpoint that is damaged or of another space.
     """
-    stored = path.parent.parent / "probabilities" / f"{path.stem}.npz"
+    suffix = "" if split == "test" else f".{split}"
+    stored = path.parent.parent / "probabilities" / f"{path.stem}{suffix}.npz"
     digest = checkpoints.sha256(path)
     if stored.exists():
         scores = load_scores(stored)
@@ -106,15 +122,21 @@ def scores_for(space: Space, path: Path, options: TestOptions) -> Scores:
     checkpoint = checkpoints.load(path)
     network = checkpoints.restore(path, checkpoint, space.name, space.network)
     about = checkpoint["dataset"]
-    images = _test_images(about["name"], options.data or about["root"], about["image_size"], about["subset"])
+    images = _load(about["name"], options.data or about["root"], "test" if split == "test" else "train",
+                   about["image_size"], about["subset"])
     if list(images.info.classes) != about["classes"]:
         raise InputError(f"{options.data or about['root']}: has the classes {', '.join(images.info.classes)}, but "
                          f"{path} was searched on {', '.join(about['classes'])}; name the right folder with --data")
+    indices, fingerprint = None, images.fingerprint
+    if split == "valid":
+        portions = [about["train_portion"], 1 - about["train_portion"]]
+        indices = stratified_split(images.labels, portions, about["split_seed"])[1]
+        fingerprint = hashlib.sha256(fingerprint.encode() + indices.numpy().tobytes()).hexdigest()
     scores = Scores(
-        logits=predict(network, images, options.batch_size, find_device(options.device)),
-        labels=images.labels.cpu(), space=space.name, stage=checkpoint["stage"], epoch=checkpoint["epoch"],
-        checkpoint_sha256=digest, dataset=about["name"], fingerprint=images.fingerprint,
-        classes=list(images.info.classes))
+        logits=predict(network, images, options.batch_size, find_device(options.device), indices),
+        labels=images.labels if indices is None else images.labels[indices], space=space.name,
+        stage=checkpoint["stage"], epoch=checkpoint["epoch"], seed=checkpoint["seed"], split=split,
+        checkpoint_sha256=digest, dataset=about["name"], fingerprint=fingerprint, classes=list(images.info.classes))
     save_scores(stored, scores)
     return scores
 

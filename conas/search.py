@@ -49,9 +49,10 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
            supernet: SupernetOptions, weights: WeightOptions, alphas: AlphaOptions, options: RunOptions) -> Path:
     """Run or continue one search and return its folder."""
     device = find_device(options.device)
-    arguments = {k: v for group in (data, augment, supernet, weights, alphas, options) for k, v in asdict(group).items()}
+    groups = (data, augment, supernet, weights, alphas, options)
+    arguments = {name: value for group in groups for name, value in asdict(group).items()}
     images = load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset)
-    halves = stratified_split(images.labels, [augment.train_portion, 1 - augment.train_portion], options.seed)
+    halves = stratified_split(images.labels, [augment.train_portion, 1 - augment.train_portion], augment.split_seed)
     cutout = augment.cutout_length if augment.cutout else 0
     train, valid = (
         Stream(images, half, weights.batch_size, name=name, seed=options.seed, device=device, cutout_length=cutout,
@@ -67,7 +68,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
 
     run = Run(space.search_folder(folder_name(options.save)), arguments)
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "subset": data.subset,
-             "classes": list(images.info.classes), "fingerprint": images.fingerprint}
+             "classes": list(images.info.classes), "fingerprint": images.fingerprint,
+             "train_portion": augment.train_portion, "split_seed": augment.split_seed}
     metrics = resume(run, space, network, optimizer, architect, about)
     start = len(metrics)
     if start == weights.epochs:
@@ -85,8 +87,10 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
         lr = cosine(epoch, weights.epochs, weights.learning_rate, weights.learning_rate_min)
         optimizer.param_groups[0]["lr"] = lr
         network.train()
-        loss_sum, hits, seen, began = torch.zeros((), device=device), torch.zeros((), device=device), 0, time.perf_counter()
-        bar = tqdm(range(train.steps), desc=f"{space.name} epoch {epoch} of {weights.epochs}", leave=False, disable=None)
+        loss_sum, hits = torch.zeros((), device=device), torch.zeros((), device=device)
+        seen, began = 0, time.perf_counter()
+        title = f"{space.name} epoch {epoch} of {weights.epochs}"
+        bar = tqdm(range(train.steps), desc=title, leave=False, disable=None)
         for step in bar:
             batch = next(train_batches)
             architect.step(batch, next(valid_batches), lr)
@@ -169,6 +173,7 @@ def finish(run: Run, genotype: genotypes.Genotype) -> None:
     run.log(f"pictures of the cells: {', '.join(str(path) for path in pictures)}")
 
 
-def main(folder: Path, network: type, architect: type[Bilevel], description: str, argv: list[str] | None = None) -> None:
+def main(folder: Path, network: type, architect: type[Bilevel], description: str, argv: list[str] | None = None
+         ) -> None:
     """The command `python train_search.py` of the space in `folder`."""
     search(Space(folder.name, folder, network), architect, *parse(description, GROUPS, argv))

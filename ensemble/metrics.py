@@ -6,17 +6,9 @@ class k for image n, y_n its label. Accuracies and errors are fractions, not per
 import torch
 from torch import Tensor
 
+from conas.evaluate import topk_accuracy
 
-def topk_accuracy(probabilities: Tensor, labels: Tensor, k: int = 1) -> float:
-    """Fraction of images whose label is among the k most probable classes.
-
-    Of equally probable classes the first counts as more probable, as for argmax. With k >= K this is 1: a top-5 of
-    four classes says nothing.
-    """
-    own = probabilities.gather(1, labels[:, None])
-    earlier = torch.arange(probabilities.shape[1], device=labels.device) < labels[:, None]
-    before = (probabilities > own) | ((probabilities == own) & earlier)
-    return (before.sum(dim=1) < k).double().mean().item()
+__all__ = ["adaptive_ece", "brier", "confusion_matrix", "ece", "nll", "per_class_accuracy", "topk_accuracy"]
 
 
 def nll(probabilities: Tensor, labels: Tensor) -> float:

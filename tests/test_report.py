@@ -24,8 +24,8 @@ def make_scores(space, epoch, seed=0, images=40, classes=CLASSES, sha256="0" * 6
     labels = torch.arange(images) % len(classes)
     logits = 2 * torch.randn(images, len(classes), generator=generator)
     logits[torch.arange(images), labels] += 1 + 0.3 * epoch
-    return Scores(logits=logits, labels=labels, space=space, stage="search", epoch=epoch, checkpoint_sha256=sha256,
-                  dataset="digits", fingerprint="f" * 64, classes=list(classes))
+    return Scores(logits=logits, labels=labels, space=space, stage="search", epoch=epoch, seed=seed, split="test",
+                  checkpoint_sha256=sha256, dataset="digits", fingerprint="f" * 64, classes=list(classes))
 
 
 def make_report(epochs=4, members=3, **options):
