@@ -86,10 +86,12 @@ class DerivedNetwork(nn.Module):
     """Cells with reductions at one and two thirds of the depth, classifier, auxiliary head.
 
     Subclasses add stems of `C_stem` channels that halve the image `stem_halvings` times.
-    `arguments` are those of the subclass's constructor but the genotype. A training loop sets
+    `kind` is the subclass's key in NETWORKS, `arguments` are those of its constructor but the genotype. A training loop sets
     `drop_path_prob`, in [0, 1); evaluation ignores it. Raises InputError for a genotype that cannot be built or
     an `image_size` that is too small.
     """
+
+    kind: str
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype,
                  image_size: int, C_stem: int, stem_halvings: int, second_norm: bool):
@@ -155,6 +157,8 @@ def _final_size(image_size: int, halvings: int, auxiliary: bool) -> int:
 class NetworkCIFAR(DerivedNetwork):
     """The network for small images: one stem, at full size. The paper has 20 layers and C = 36."""
 
+    kind = "cifar"
+
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype,
                  in_channels: int = 3, image_size: int = 32):
         C_stem = STEM_MULTIPLIER * C
@@ -173,6 +177,8 @@ class NetworkCIFAR(DerivedNetwork):
 
 class NetworkImageNet(DerivedNetwork):
     """The network for large images: two stems bring 224 pixels to 28. The paper has 14 layers and C = 48."""
+
+    kind = "imagenet"
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype,
                  image_size: int = 224):
@@ -194,6 +200,9 @@ class NetworkImageNet(DerivedNetwork):
     def stems(self, x: Tensor) -> tuple[Tensor, Tensor]:
         s0 = self.stem0(x)
         return s0, self.stem1(s0)
+
+
+NETWORKS: dict[str, type[DerivedNetwork]] = {network.kind: network for network in (NetworkCIFAR, NetworkImageNet)}
 
 
 def count_parameters(network: nn.Module) -> int:

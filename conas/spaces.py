@@ -23,6 +23,10 @@ class Space:
         """The run folder of `train_search.py --save SAVE`."""
         return self.folder / f"search-{save}"
 
+    def train_folder(self, save: str) -> Path:
+        """The run folder of `train.py --save SAVE`."""
+        return self.folder / f"train-{save}"
+
 
 def discover(root: Path) -> list[Space]:
     """All spaces below `root`, by name; `root` must be importable (on `sys.path`).

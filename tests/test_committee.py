@@ -20,7 +20,8 @@ def make_scores(space="cnn_space1", epoch=0, logits=None, **changes):
     logits = random_logits(1)[0] if logits is None else logits
     labels = torch.arange(len(logits)) % logits.shape[1]
     scores = Scores(logits=logits, labels=labels, space=space, stage="search", epoch=epoch, seed=0, split="test",
-                    checkpoint_sha256="0" * 64, dataset="digits", fingerprint="images", classes=[f"class {k}" for k in range(logits.shape[1])])
+                    checkpoint_sha256="0" * 64, dataset="digits", fingerprint="images",
+                    classes=[f"class {k}" for k in range(logits.shape[1])])
     return dataclasses.replace(scores, **changes)
 
 
