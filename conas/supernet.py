@@ -4,11 +4,37 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import batch_norm
 
 from conas.genotype import EDGES, NODES, Genotype, derive
-from conas.operations import OPERATIONS, FactorizedReduce, ReLUConvBN
+from conas.operations import OPERATIONS, FactorizedReduce, ReLUConvBN, scaled_norm
 
 STEM_MULTIPLIER = 3
+
+
+class State:
+    """A state of a cell, with what its outgoing edges share: its ReLU, and its pools with their BatchNorm."""
+
+    def __init__(self, x: Tensor):
+        self.x, self.rectified = x, x.relu()
+        self._pools: dict[tuple, tuple] = {}
+
+    def scaled_pool(self, primitive: str, stride: int, pool: nn.Module, norm: nn.BatchNorm2d, scale: Tensor) -> Tensor:
+        """scale * norm(pool(x)). In training all edges of a stride normalise by the same batch: that is done once."""
+        if (primitive, stride) not in self._pools:
+            pooled = pool(self.x)
+            normalised = batch_norm(pooled, None, None, training=True, eps=norm.eps) if norm.training else None
+            self._pools[primitive, stride] = pooled, normalised
+        pooled, normalised = self._pools[primitive, stride]
+        if not norm.training:  # every edge has running statistics of its own
+            return scaled_norm(norm, pooled, scale)
+        if norm.track_running_stats:
+            with torch.no_grad():
+                variance, mean = torch.var_mean(pooled, dim=(0, 2, 3))
+                norm.running_mean.lerp_(mean, norm.momentum)
+                norm.running_var.lerp_(variance, norm.momentum)
+                norm.num_batches_tracked.add_(1)
+        return scale * normalised
 
 
 class MixedOp(nn.Module):
@@ -16,6 +42,7 @@ class MixedOp(nn.Module):
 
     def __init__(self, primitives: Sequence[str], C: int, stride: int):
         super().__init__()
+        self.primitives, self.stride = primitives, stride
         self._ops = nn.ModuleList()
         for primitive in primitives:
             operation = OPERATIONS[primitive](C, stride, False)
@@ -23,8 +50,15 @@ class MixedOp(nn.Module):
                 operation = nn.Sequential(operation, nn.BatchNorm2d(C, affine=False))
             self._ops.append(operation)
 
-    def forward(self, x: Tensor, probabilities: Tensor) -> Tensor:
-        return sum(p * operation(x) for p, operation in zip(probabilities, self._ops))
+    def terms(self, state: State, probabilities: Tensor) -> Iterator[Tensor]:
+        """The summands p * operation(x) but for `none`, whose is zero; `probabilities` (P,)."""
+        for primitive, p, operation in zip(self.primitives, probabilities.unbind(), self._ops):
+            if "pool" in primitive:
+                yield state.scaled_pool(primitive, self.stride, *operation, p)
+            elif isinstance(operation, nn.Identity):
+                yield p * state.x
+            elif primitive != "none":
+                yield operation.scaled(state.rectified, p)
 
 
 class SearchCell(nn.Module):
@@ -44,13 +78,12 @@ class SearchCell(nn.Module):
 
     def forward(self, s0: Tensor, s1: Tensor, probabilities: Tensor) -> Tensor:
         """`probabilities` (EDGES, P) are the softmax of the alphas of this kind of cell."""
-        states = [self.preprocess0(s0), self.preprocess1(s1)]
-        edge = 0
+        states = [State(self.preprocess0(s0)), State(self.preprocess1(s1))]
+        edges = iter(zip(self._ops, probabilities))
         for _ in range(NODES):
-            incoming = range(edge, edge + len(states))
-            states.append(sum(self._ops[e](state, probabilities[e]) for e, state in zip(incoming, states)))
-            edge = incoming.stop
-        return torch.cat(states[-NODES:], dim=1)
+            incoming = [(state, *next(edges)) for state in states]
+            states.append(State(sum(term for state, mixed, p in incoming for term in mixed.terms(state, p))))
+        return torch.cat([state.x for state in states[-NODES:]], dim=1)
 
 
 class Supernet(nn.Module):

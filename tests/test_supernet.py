@@ -1,0 +1,81 @@
+"""The supernet against the textbook one of the benchmarks: what it shares between edges must change no number."""
+from importlib import import_module
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from benchmarks import textbook
+from conas.genotype import NODES
+from conas.supernet import Supernet, frozen_statistics
+from tests.parity import fill
+
+SPACES = ["cnn_space1", "cnn_space2", "cnn_space3"]
+
+
+def pair(space):
+    network = import_module(f"{space}.model_search").Network(C=4, num_classes=10, layers=4).double()
+    oracle = textbook.Network(network.primitives, 4, 10, 4).double()
+    fill(network, 0)
+    oracle.load_state_dict(network.state_dict())  # names and shapes agree, or this fails
+    return network, oracle
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format):
+    network, oracle = pair(space)
+    torch.manual_seed(0)
+    x, y = torch.randn(5, 3, 16, 16, dtype=torch.float64).to(memory_format=memory_format), torch.arange(5)
+    for _ in range(2):  # the second pass reads what the first left
+        for module in (network, oracle):
+            module.zero_grad()
+            cross_entropy(module(x), y).backward()
+        expected = dict(oracle.named_parameters())
+        for name, p in network.named_parameters():
+            torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-8, atol=1e-11, msg=name)
+    expected = oracle.state_dict()
+    for name, entry in network.state_dict().items():
+        torch.testing.assert_close(entry, expected[name], rtol=1e-9, atol=1e-12, msg=name)
+    with torch.inference_mode():
+        torch.testing.assert_close(network.eval()(x), oracle.eval()(x), rtol=1e-9, atol=1e-12)
+
+
+def test_frozen_statistics_change_no_output():
+    network, _ = pair("cnn_space1")
+    x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
+    before = {name: entry.clone() for name, entry in network.state_dict().items()}
+    with frozen_statistics(network):
+        frozen = network(x)
+    assert all(torch.equal(entry, before[name]) for name, entry in network.state_dict().items())
+    assert torch.equal(frozen, network(x))
+    assert not torch.equal(network.stem[1].running_mean, before["stem.1.running_mean"])
+
+
+@pytest.mark.parametrize("image_size", [8, 9, 28, 33])
+@pytest.mark.parametrize("layers", [3, 5])
+def test_any_image_size_gives_logits(image_size, layers):
+    network = import_module("cnn_space1.model_search").Network(C=2, num_classes=7, layers=layers, in_channels=1)
+    assert network(torch.randn(2, 1, image_size, image_size)).shape == (2, 7)
+
+
+def test_reductions_stand_at_one_and_two_thirds():
+    network = import_module("cnn_space1.model_search").Network(C=2, layers=8)
+    assert [layer for layer, cell in enumerate(network.cells) if cell.reduction] == [2, 5]
+    assert network.classifier.in_features == NODES * 2 * 4
+
+
+def test_weights_and_alphas_divide_the_parameters():
+    network = import_module("cnn_space2.model_search").Network(C=2, layers=3)
+    assert set(network.weights()) | set(network.alphas()) == {name for name, _ in network.named_parameters()}
+    assert not set(network.weights()) & set(network.alphas())
+    assert set(network.alphas()) < set(network.state_dict())
+
+
+def test_the_smallest_space_works():
+    class Pools(Supernet):
+        primitives = ("none", "max_pool_3x3")
+
+    network = Pools(C=2, layers=3)
+    network(torch.randn(2, 3, 8, 8)).sum().backward()
+    assert network.alphas_normal.grad.abs().sum() > 0
