@@ -1,12 +1,17 @@
-"""Average the members of all spaces into one committee, epoch by epoch, and compare it with each of them.
+"""Average the members of all spaces into one committee, and compare it with each of them.
 
-    python test_ensemble.py                                   # search-EXP of every cnn_space* folder
+    python test_ensemble.py                                   # search-EXP of every cnn_space* folder, epoch by epoch
     python test_ensemble.py --save NAME                       # search-NAME of every cnn_space* folder
     python test_ensemble.py --combination logit_sum           # as the original CoNAS combines
+    python test_ensemble.py --combination greedy              # the best of all epochs, chosen on held-out images
+    python test_ensemble.py --members 'cnn_space*/train-*/checkpoints/best.pt' --combination weighted
 
-Prints a table, and writes it and its pictures to the folder committee-NAME.
+Prints a table, and writes it and its pictures to the folder committee-NAME. All that is fitted is fitted on the
+held-out part of the training images; docs/committee.md explains the rules and the figures.
 """
+import glob
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,14 +21,19 @@ from conas import cli
 from conas.cli import option
 from conas.config import TestOptions
 from conas.errors import InputError
-from conas.evaluate import scores_for
+from conas.evaluate import Scores, scores_for
 from conas.run import folder_name, list_checkpoints
 from conas.spaces import Space, discover
-from ensemble import pictures, report
-from ensemble.committee import COMBINATIONS, Committee, common_epochs
-from ensemble.metrics import confusion_matrix
+from ensemble import html, pictures, report
+from ensemble.committee import Committee, common_epochs
+from ensemble.fit import FITTED, RULES, Fit, fit
+from ensemble.metrics import confusion_matrix, softmax
+from ensemble.selection import OBJECTIVES
+from ensemble.shift import measure_shift
+from ensemble.significance import compare
 
 ROOT = Path(__file__).resolve().parent
+Pool = dict[str, tuple[Space, Path]]  # checkpoints by the name that reports give them
 
 
 @dataclass
@@ -31,32 +41,124 @@ class CommitteeOptions:
     """the committee"""
 
     spaces: tuple[str, ...] | None = option(None, "members by folder name (default: every space that has such a run)")
-    combination: str = option("mean_softmax", "how the members' logits become one answer", choices=list(COMBINATIONS))
+    members: tuple[str, ...] | None = option(
+        None, "members by checkpoint instead of --save's runs: files or quoted patterns, of any space, run and epoch")
+    stage: str = option("search", "supernets of the searches, or retrained networks", choices=["search", "train"])
+    combination: str = option("mean_softmax", "how the members' logits become one answer; weighted, greedy and beam "
+                              "are fitted on held-out images, the last two over all epochs", choices=list(RULES))
+    size: int = option(10, "most members that greedy and beam choose, repeats counted", low=1, high=1000)
+    width: int = option(8, "committees of each size that beam goes on with", low=1)
+    objective: str = option("nll", "of greedy and beam, on held-out images", choices=list(OBJECTIVES))
+    temperatures: tuple[str, ...] | None = option(
+        None, "whose probabilities are calibrated on held-out images before use", choices=["members", "committee"])
+    against: tuple[str, ...] | None = option(
+        None, "another committee, given as for --members and combined alike, to test the gain over")
+    report: bool = option(False, "write report.html too: all of this in one page")
+    shift: bool = option(False, "test members and committee on corrupted test images too: 75 times as many")
 
 
 def main() -> None:
-    committee_options, options = cli.parse(__doc__, [CommitteeOptions, TestOptions])
-    spaces = choose(discover(ROOT), committee_options.spaces)
-    runs = find_runs(spaces, folder_name(options.save))
-    epochs, left_out = common_epochs({space.name: run for space, run in runs.items()})
+    ours, options = cli.parse(__doc__, [CommitteeOptions, TestOptions])
+    spaces, folder = choose(discover(ROOT), ours.spaces), ROOT / f"committee-{folder_name(options.save)}"
+    epochs, left_out = [], {}
+    if ours.members:
+        pool = find_members(ours.members, spaces, "--members")
+    elif ours.combination in FITTED[1:]:
+        runs = find_runs(spaces, options.save, ours.stage)
+        pool = {f"{space.name} {epoch:03d}": (space, path)
+                for space, run in runs.items() for epoch, path in run.items()}
+    else:
+        runs = find_runs(spaces, options.save, ours.stage)
+        common, left_out = common_epochs({space.name: run for space, run in runs.items()})
+        *earlier, pool = ({space.name: (space, run[epoch]) for space, run in runs.items()} for epoch in common)
+        if ours.combination not in FITTED and not ours.temperatures:
+            for members in progress(earlier, "epochs"):
+                committee = Committee(score(members, options), ours.combination)
+                epochs.append(report.evaluate(committee, paths_of(members)))
 
-    results = []
-    # disable=None: a bar on a terminal, silence in a file
-    with tqdm(total=len(epochs) * len(runs), desc="members", unit="checkpoint", disable=None) as bar:
-        for epoch in epochs:
-            members, checkpoints = {}, {}
-            for space, run in runs.items():
-                members[space.name] = scores_for(space, run[epoch], options)
-                checkpoints[space.name] = run[epoch].relative_to(ROOT).as_posix()
-                bar.update()
-            committee = Committee(members, committee_options.combination)
-            results.append(report.evaluate(committee, checkpoints))
+    fitted = try_fit(pool, ours, options)
+    committee, best = build(pool, fitted, ours, options)
+    epochs.append(report.evaluate(committee, paths_of(pool), fitted))
+    significance = {"over_best_member": None, "over_other": None}
+    if fitted:
+        significance["over_best_member"] = {"name": fitted.best_member, **compare(
+            committee.probabilities, softmax(best.logits), committee.labels)}
+    if ours.against:
+        rivals = find_members(ours.against, spaces, "--against")
+        rival, _ = build(rivals, try_fit(rivals, ours, options), ours, options)
+        if rival.fingerprint != committee.fingerprint:
+            raise InputError("--against: its members were tested on other images; choose runs with the same data flags")
+        significance["over_other"] = {"name": " ".join(ours.against), **compare(
+            committee.probabilities, rival.probabilities, committee.labels)}
+    shift = measure_shift({name: pool[name] for name in committee.members}, committee, options) if ours.shift else None
 
-    summary, folder = report.assemble(results, committee, left_out), ROOT / f"committee-{options.save}"
+    summary = report.assemble(epochs, committee, left_out, fitted, significance, shift)
     print(report.as_text(summary))
     paths = report.write(folder, summary, committee)
     paths += pictures.draw(folder, summary, confusion_matrix(committee.probabilities, committee.labels))
+    if ours.report:
+        paths.append(html.write(folder, ROOT, summary, committee, options.data))
     print(f"\nwritten to {folder}: {', '.join(path.name for path in paths)}")
+
+
+def try_fit(pool: Pool, ours: CommitteeOptions, options: TestOptions) -> Fit | None:
+    """Fit on held-out images. Without those, None if nothing has to be fitted, else InputError."""
+    try:
+        scores = score(pool, options, "valid")
+    except InputError as error:
+        if ours.combination in FITTED or ours.temperatures:
+            raise
+        print(f"no held-out images, and so no calibration and no test of the gain over the best member: {error}\n")
+        return None
+    return fit(scores, ours.combination, size=ours.size, width=ours.width, objective=ours.objective,
+               temperatures=ours.temperatures or ())
+
+
+def build(pool: Pool, fitted: Fit | None, ours: CommitteeOptions, options: TestOptions
+          ) -> tuple[Committee, Scores | None]:
+    """The committee on the test images, and the best member of the pool on held-out images, which it need not have."""
+    if fitted is None:
+        return Committee(score(pool, options), ours.combination), None
+    needed = {name: pool[name] for name in [*fitted.members, fitted.best_member]}
+    scores = score(needed, options)
+    return fitted.committee(scores), scores[fitted.best_member]
+
+
+def score(pool: Pool, options: TestOptions, split: str = "test") -> dict[str, Scores]:
+    """The scores of every member on a split, computed where they are not stored."""
+    return {name: scores_for(space, path, options, split)
+            for name, (space, path) in progress(pool.items(), "held-out images" if split == "valid" else "test images")}
+
+
+def progress(things: Iterable, title: str) -> tqdm:
+    # disable=None: a bar on a terminal, silence in a file
+    return tqdm(things, desc=title, unit="checkpoint", leave=False, disable=None)
+
+
+def paths_of(pool: Pool) -> dict[str, str]:
+    """Paths by name, relative to the root where they are below it."""
+    return {name: (path.relative_to(ROOT) if path.is_relative_to(ROOT) else path).as_posix()
+            for name, (_, path) in pool.items()}
+
+
+def find_members(patterns: tuple[str, ...], spaces: list[Space], flag: str) -> Pool:
+    """The checkpoints that patterns name, seen from here or from the root. Raises InputError for one without."""
+    by_name, pool = {space.name: space for space in spaces}, {}
+    for pattern in patterns:
+        found = glob.glob(pattern, recursive=True) or glob.glob(pattern, root_dir=ROOT, recursive=True)
+        paths = sorted({(Path(name) if Path(name).exists() else ROOT / name).resolve() for name in found})
+        paths = [path for path in paths if path.is_file() and path.parent.name == "checkpoints"]
+        if not paths:
+            raise InputError(f"{flag} {pattern}: no checkpoint has such a path; one has "
+                             "cnn_space1/search-EXP/checkpoints/epoch_000.pt")
+        for path in paths:
+            run, space = path.parent.parent, by_name.get(path.parents[2].name)
+            if space is None:
+                raise InputError(f"{flag} {path}: is in no folder of {', '.join(by_name)}, and so of no known space")
+            pool[f"{space.name}/{run.name} {path.stem.removeprefix('epoch_')}"] = space, path
+    if len(pool) < 2:
+        raise InputError(f"{flag} {' '.join(patterns)}: names one checkpoint, and a committee needs two members")
+    return pool
 
 
 def choose(spaces: list[Space], names: tuple[str, ...] | None) -> list[Space]:
@@ -67,21 +169,22 @@ def choose(spaces: list[Space], names: tuple[str, ...] | None) -> list[Space]:
     return [space for space in spaces if not names or space.name in names]
 
 
-def find_runs(spaces: list[Space], save: str) -> dict[Space, dict[int, Path]]:
+def find_runs(spaces: list[Space], save: str, stage: str) -> dict[Space, dict[int, Path]]:
     """The checkpoints by epoch of each space that has a run; says which have none. Raises InputError below two."""
     runs, without = {}, []
     for space in spaces:
         try:
-            runs[space] = list_checkpoints(space.search_folder(save))
+            runs[space] = list_checkpoints(space.folder / f"{stage}-{save}")
         except InputError:
             without.append(space)
+    script = "train_search.py" if stage == "search" else "train.py"
     flag = "" if save == "EXP" else f" --save {save}"
     if len(runs) < 2:
         found = f"only {next(iter(runs)).name} has" if runs else "none of the chosen spaces has"
-        mend = f"cd {without[0].name} && python train_search.py{flag}" if without else "name another with --spaces"
-        raise InputError(f"{found} checkpoints in search-{save}, and a committee needs two members: {mend}")
+        mend = f"cd {without[0].name} && python {script}{flag}" if without else "name another with --spaces"
+        raise InputError(f"{found} checkpoints in {stage}-{save}, and a committee needs two members: {mend}")
     for space in without:
-        print(f"{space.name}: no checkpoints in search-{save}, left out")
+        print(f"{space.name}: no checkpoints in {stage}-{save}, left out")
     return runs
 
 

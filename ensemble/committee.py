@@ -9,11 +9,13 @@ from torch import Tensor
 
 from conas.errors import InputError
 from conas.evaluate import Scores
+from ensemble.calibration import apply_temperature
+from ensemble.metrics import softmax
 
 
 def mean_softmax(logits_MBC: Tensor) -> Tensor:
     """(B, C) float64: softmax over the classes for each member, then the mean over the members."""
-    return _mean(logits_MBC.double().softmax(dim=2))
+    return _mean(softmax(logits_MBC))
 
 
 def geometric_mean(logits_MBC: Tensor) -> Tensor:
@@ -21,12 +23,12 @@ def geometric_mean(logits_MBC: Tensor) -> Tensor:
 
     This is `logit_mean` in other words: what a member's softmax divides by is the same for all classes of an image.
     """
-    return _mean(logits_MBC.double().log_softmax(dim=2)).softmax(dim=1)
+    return softmax(_mean(logits_MBC.double().log_softmax(dim=2)))
 
 
 def logit_mean(logits_MBC: Tensor) -> Tensor:
     """(B, C) float64: the softmax of the mean of the members' logits."""
-    return _mean(logits_MBC.double()).softmax(dim=1)
+    return softmax(_mean(logits_MBC.double()))
 
 
 def logit_sum(logits_MBC: Tensor) -> Tensor:
@@ -34,7 +36,7 @@ def logit_sum(logits_MBC: Tensor) -> Tensor:
 
     It picks the classes that `logit_mean` picks, but more sharply the more members there are, so only its loss differs.
     """
-    return logits_MBC.double().sort(dim=0).values.sum(dim=0).softmax(dim=1)
+    return softmax(logits_MBC.double().sort(dim=0).values.sum(dim=0))
 
 
 def majority_vote(logits_MBC: Tensor) -> Tensor:
@@ -44,6 +46,14 @@ def majority_vote(logits_MBC: Tensor) -> Tensor:
     """
     votes_BC = torch.nn.functional.one_hot(logits_MBC.argmax(dim=2), logits_MBC.shape[2]).sum(dim=0)
     return (votes_BC + mean_softmax(logits_MBC)) / (len(logits_MBC) + 1)
+
+
+def weighted_mean(logits_MBC: Tensor, weights_M: Tensor) -> Tensor:
+    """(B, C) float64: softmax over the classes for each member, then the mean by weights that sum to 1."""
+    probabilities_MBC = softmax(logits_MBC)
+    least_BC = probabilities_MBC.amin(dim=0)  # as in `_mean`: exact for equal members, and in any order of them
+    shares_MBC = weights_M.double()[:, None, None] * (probabilities_MBC - least_BC)
+    return least_BC + shares_MBC.sort(dim=0).values.sum(dim=0)
 
 
 def _mean(values_MBC: Tensor) -> Tensor:
@@ -59,23 +69,39 @@ COMBINATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 class Committee:
     """Members' scores on the same images, and their combination.
 
-    `members` are the Scores by name, `combination` is the rule's name, `labels` (B,) int64, `classes` the C names,
-    `logits` (M, B, C) float32, `probabilities` (B, C) float64. Raises InputError if the members did not see the same
-    images in the same order, or if the logits of one are not finite.
+    `members` are the Scores by name, `combination` is a rule's name in COMBINATIONS, `weights` (M,) are those of the
+    mean of softmaxes, the only rule that takes any. Logits are divided by `temperatures` (M,) before they are combined,
+    and the log of the result by `temperature`. `labels` (B,) int64, `classes` the C names, `logits` (M, B, C) float32
+    as the networks gave them, `probabilities` (B, C) float64, and `settings` the arguments besides the members, for the
+    same committee on other images. Raises InputError if the members did not see the same images in the same order, or
+    if the logits of one are not finite.
     """
 
-    def __init__(self, members: Mapping[str, Scores], combination: str = "mean_softmax"):
+    def __init__(self, members: Mapping[str, Scores], combination: str = "mean_softmax", *,
+                 weights: Tensor | None = None, temperatures: Tensor | None = None, temperature: float = 1.0):
         check_same_images(members)
-        self.members, self.combination = dict(members), combination
+        self.members, self.combination, self.temperature = dict(members), combination, temperature
         first = next(iter(members.values()))
         self.labels, self.classes, self.dataset, self.fingerprint = (
             first.labels, first.classes, first.dataset, first.fingerprint)
-        self.logits = torch.stack([scores.logits for scores in members.values()])
-        for name, logits in zip(members, self.logits):
-            if not logits.isfinite().all():
-                raise InputError(f"{name}, epoch {members[name].epoch}: some of its logits are NaN or infinite; leave "
-                                 "it out, or search again with a lower --learning_rate under another --save name")
-        self.probabilities = COMBINATIONS[combination](self.logits)
+        self.logits = stack_logits(members)
+        M = len(members)
+        self.weights = torch.full((M,), 1 / M, dtype=torch.float64) if weights is None else weights
+        self.temperatures = torch.ones(M, dtype=torch.float64) if temperatures is None else temperatures
+        self.settings = {"combination": combination, "weights": weights, "temperatures": temperatures,
+                         "temperature": temperature}
+        logits = self.logits if temperatures is None else self.logits / temperatures[:, None, None]
+        combined = COMBINATIONS[combination](logits) if weights is None else weighted_mean(logits, weights)
+        self.probabilities = apply_temperature(combined, temperature)
+
+
+def stack_logits(members: Mapping[str, Scores]) -> Tensor:
+    """(M, B, C) float32. Raises InputError naming a member whose logits are not all finite."""
+    for name, scores in members.items():
+        if not scores.logits.isfinite().all():
+            raise InputError(f"{name}, epoch {scores.epoch}: some of its logits are NaN or infinite; leave it out, or "
+                             "search again with a lower --learning_rate under another --save name")
+    return torch.stack([scores.logits for scores in members.values()])
 
 
 def check_same_images(members: Mapping[str, Scores]) -> None:
@@ -92,7 +118,7 @@ def check_same_images(members: Mapping[str, Scores]) -> None:
             if not same:
                 raise InputError(f"{name} (epoch {one.epoch}) and {other_name} (epoch {other.epoch}) were tested on "
                                  f"different {what}, and cannot be combined; search and test both with the same data "
-                                 "flags, or choose other members with --spaces")
+                                 "flags, or choose other members with --spaces or --members")
 
 
 def common_epochs(members: Mapping[str, Collection[int]]) -> tuple[list[int], dict[str, list[int]]]:
@@ -104,7 +130,7 @@ def common_epochs(members: Mapping[str, Collection[int]]) -> tuple[list[int], di
     if not shared:
         spans = ", ".join(f"{name}: {span(epochs)}" for name, epochs in members.items())
         raise InputError(f"the members have no epoch in common ({spans}); search some of them for longer, or "
-                         "choose other members with --spaces")
+                         "choose other members with --spaces or --members")
     extra = {name: sorted(set(epochs) - shared) for name, epochs in members.items()}
     return sorted(shared), {name: epochs for name, epochs in extra.items() if epochs}
 
