@@ -1,0 +1,55 @@
+"""Runs without a search: supernets with random weights and alphas, saved as a search would save them."""
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from conas import checkpoint as checkpoints
+from conas.data import load
+from conas.files import write_json
+from conas.spaces import discover
+from tests.conftest import ROOT, Clone
+
+
+def write_runs(root: Path, dataset: str, data: str, image_size: int | None, subset: int | None, epochs: int) -> None:
+    """search-EXP of every space below `root`."""
+    images = load(dataset, data, "train", image_size, subset)
+    about = {"name": dataset, "root": data, "image_size": images.info.image_size, "subset": subset,
+             "classes": list(images.info.classes), "fingerprint": images.fingerprint, "train_portion": 0.5,
+             "split_seed": 0}
+    torch.manual_seed(0)
+    for space in discover(ROOT):
+        folder = root / space.name / "search-EXP"
+        arguments = {"seed": 2, "dataset": dataset, "epochs": epochs}
+        write_json(folder / "args.json", {"version": "0", "arguments": arguments})
+        for epoch in range(epochs):
+            network = space.network(2, images.info.num_classes, 3, images.info.channels)
+            x, y = next(images.batches(50, "cpu"))
+            network.train()(x)  # statistics of BatchNorm, else all images look alike
+            with torch.no_grad():
+                for alphas in network.alphas().values():
+                    alphas.normal_()
+                # least squares for the classifier makes answers that are better than chance
+                features = []
+                handle = network.classifier.register_forward_pre_hook(lambda _, inputs, f=features: f.append(inputs[0]))
+                network.eval()(x)
+                handle.remove()
+                target = torch.nn.functional.one_hot(y, images.info.num_classes).float() * 4
+                network.classifier.weight.copy_(torch.linalg.lstsq(features[0], target).solution.T)
+                network.classifier.bias.zero_()
+            checkpoint = checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about,
+                                              arguments=arguments)
+            checkpoints.save(folder / "checkpoints" / f"epoch_{epoch:03d}.pt", checkpoint)
+
+
+@pytest.fixture(scope="module")
+def committee_clone(bare_clone, tmp_path_factory) -> Clone:
+    """A clone with a committee of three members on digits, tested by test_ensemble.py."""
+    root = tmp_path_factory.mktemp("committee") / "CoNAS"
+    shutil.copytree(bare_clone.root, root)
+    write_runs(root, "digits", "data", None, 200, 2)
+    clone = Clone(root)
+    done = clone.run("test_ensemble.py")
+    assert done.returncode == 0, done.stderr
+    return clone
