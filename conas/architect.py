@@ -10,9 +10,10 @@ With weights w, alphas a, learning rate xi, momentum mu, velocity v and weight d
 Weights, velocity and their gradients are one flat vector each, and so are the alphas: the lines of a space's
 update are then the lines above.
 """
+from collections.abc import Iterable
+
 import torch
-from torch import Tensor, nn
-from torch.func import functional_call
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from conas.supernet import Supernet, frozen_statistics
@@ -34,8 +35,11 @@ class Bilevel:
         self.network, self.optimizer, self.unrolled = network, optimizer, unrolled
         self.momentum = optimizer.param_groups[0]["momentum"]
         self.weight_decay = optimizer.param_groups[0]["weight_decay"]
-        self._weights, self._alphas = network.weights(), network.alphas()
-        self.alpha_optimizer = torch.optim.Adam(self._alphas.values(), lr=arch_learning_rate, betas=(0.5, 0.999),
+        self._weights, self._alphas = network.packing(), list(network.alphas().values())
+        self._flat = torch.cat([w.detach().reshape(-1) for w in self._weights])
+        parts = self._flat.split([w.numel() for w in self._weights])
+        self._parts = [part.view_as(w) for part, w in zip(parts, self._weights)]
+        self.alpha_optimizer = torch.optim.Adam(self._alphas, lr=arch_learning_rate, betas=(0.5, 0.999),
                                                 weight_decay=arch_weight_decay)
 
     def hypergradient(self, train: Batch, valid: Batch, xi: float) -> Tensor:
@@ -46,21 +50,25 @@ class Bilevel:
         """One Adam step of the alphas: second order if `unrolled`, else on grad_a L_val(w, a) alone."""
         with frozen_statistics(self.network):
             gradient = self.hypergradient(train, valid, xi) if self.unrolled else self.grad_alpha(valid, self.weights())
-        for alpha, part in zip(self._alphas.values(), self._split(gradient, self._alphas).values()):
-            alpha.grad = part
+        for alpha, part in zip(self._alphas, gradient.split([alpha.numel() for alpha in self._alphas])):
+            alpha.grad = part.view_as(alpha)
         self.alpha_optimizer.step()
 
     # The state, as flat vectors.
 
     def weights(self) -> Tensor:
         """w, a copy."""
-        return _flatten(self._weights.values())
+        return self._flatten(self._weights)
 
     def velocity(self) -> Tensor:
         """v, the momentum buffers of the weights' optimizer; zeros before its first step."""
-        state = self.optimizer.state
-        buffers = [state[w].get("momentum_buffer") if w in state else None for w in self._weights.values()]
-        return _flatten(torch.zeros_like(w) if v is None else v for w, v in zip(self._weights.values(), buffers))
+        buffers = [self.optimizer.state.get(w, {}).get("momentum_buffer") for w in self._weights]
+        return self._flatten(torch.zeros_like(w) if v is None else v for w, v in zip(self._weights, buffers))
+
+    @torch.no_grad()
+    def _flatten(self, tensors: Iterable[Tensor]) -> Tensor:
+        torch._foreach_copy_(self._parts, list(tensors))  # one call for a thousand tensors
+        return self._flat.clone()
 
     # The terms.
 
@@ -72,12 +80,12 @@ class Bilevel:
 
     def grad_alpha(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_a L(w, a) on `batch`; no gradient of the weights is computed."""
-        return _flatten(torch.autograd.grad(self._loss(batch, w.detach()), list(self._alphas.values())))
+        return _flatten(torch.autograd.grad(self._loss(batch, w.detach()), self._alphas))
 
     def grad_alpha_and_weights(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
         """grad_a L(w, a) and grad_w L(w, a) on `batch`, in one pass."""
         w = w.detach().requires_grad_()
-        *alphas, weights = torch.autograd.grad(self._loss(batch, w), [*self._alphas.values(), w])
+        *alphas, weights = torch.autograd.grad(self._loss(batch, w), [*self._alphas, w])
         return _flatten(alphas), weights
 
     def hessian_vector(self, batch: Batch, w: Tensor, d: Tensor) -> Tensor:
@@ -87,13 +95,8 @@ class Bilevel:
 
     def _loss(self, batch: Batch, w: Tensor) -> Tensor:
         images, labels = batch
-        return cross_entropy(functional_call(self.network, self._split(w, self._weights), (images,)), labels)
-
-    @staticmethod
-    def _split(flat: Tensor, like: dict[str, nn.Parameter]) -> dict[str, Tensor]:
-        parts = flat.split([p.numel() for p in like.values()])
-        return {name: part.view_as(p) for (name, p), part in zip(like.items(), parts)}
+        return cross_entropy(self.network.with_weights(images, w), labels)
 
 
-def _flatten(tensors) -> Tensor:
-    return torch.cat([t.detach().reshape(-1) for t in tensors])
+def _flatten(tensors: Iterable[Tensor]) -> Tensor:
+    return torch.cat([t.reshape(-1) for t in tensors])

@@ -5,20 +5,8 @@ published DARTS code, so that its `state_dict` files load. `affine` is False thr
 """
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm, pad
 
 from conas.depthwise import DepthwiseConv2d
-
-
-def scaled_norm(norm: nn.BatchNorm2d, x: Tensor, scale: Tensor) -> Tensor:
-    """scale * norm(x) for a `norm` that is not affine; `scale` () is its weight, which costs no pass over x."""
-    tracked = norm.track_running_stats
-    if norm.training and tracked:
-        norm.num_batches_tracked.add_(1)
-    mean, variance = (norm.running_mean, norm.running_var) if tracked or not norm.training else (None, None)
-    # contiguous, since the channels-last kernel takes an expanded weight for a dense one: its gradients are then wrong
-    weight = scale.expand(x.shape[1]).contiguous()
-    return batch_norm(x, mean, variance, weight, None, norm.training, norm.momentum, norm.eps)
 
 
 class ReLUConvBN(nn.Module):
@@ -46,23 +34,7 @@ def _separable(C: int, kernel_size: int, stride: int, padding: int, dilation: in
     ]
 
 
-class _Rectified(nn.Module):
-    """Layers `op` that begin with ReLU and end with BatchNorm."""
-
-    op: nn.Sequential
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.op(x)
-
-    def scaled(self, rectified: Tensor, scale: Tensor) -> Tensor:
-        """scale * self(x), given relu(x), which a supernet computes once for many operations. Not for affine ones."""
-        _, *layers, norm = self.op
-        for layer in layers:
-            rectified = layer(rectified)
-        return scaled_norm(norm, rectified, scale)
-
-
-class SepConv(_Rectified):
+class SepConv(nn.Module):
     """Depthwise-separable convolution, applied twice; the first application carries the stride."""
 
     def __init__(self, C: int, kernel_size: int, stride: int, affine: bool = True):
@@ -71,13 +43,19 @@ class SepConv(_Rectified):
         self.op = nn.Sequential(*_separable(C, kernel_size, stride, padding, 1, affine),
                                 *_separable(C, kernel_size, 1, padding, 1, affine))
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
 
-class DilConv(_Rectified):
+
+class DilConv(nn.Module):
     """Depthwise-separable convolution with dilation 2: a 3x3 kernel sees 5x5 pixels, a 5x5 kernel 9x9."""
 
     def __init__(self, C: int, kernel_size: int, stride: int, affine: bool = True):
         super().__init__()
         self.op = nn.Sequential(*_separable(C, kernel_size, stride, kernel_size - 1, 2, affine))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
 
 
 class FactorizedReduce(nn.Module):
@@ -93,15 +71,9 @@ class FactorizedReduce(nn.Module):
         self.bn = nn.BatchNorm2d(C_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self._halved(x.relu()))
-
-    def scaled(self, rectified: Tensor, scale: Tensor) -> Tensor:
-        """scale * self(x), given relu(x), which a supernet computes once for many operations. Not if affine."""
-        return scaled_norm(self.bn, self._halved(rectified), scale)
-
-    def _halved(self, x: Tensor) -> Tensor:
-        shifted = pad(x[:, :, 1:, 1:], (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        return torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1)
+        x = torch.relu(x)
+        shifted = nn.functional.pad(x[:, :, 1:, 1:], (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
 
 
 class Zero(nn.Module):

@@ -1,48 +1,34 @@
 """The search network: DARTS' continuous relaxation (arXiv:1806.09055, section 2.2) over a space's primitives."""
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm
+from torch.nn.functional import conv2d, linear
 
+from conas.depthwise import interleave
 from conas.genotype import EDGES, NODES, Genotype, derive
-from conas.operations import OPERATIONS, FactorizedReduce, ReLUConvBN, scaled_norm
+from conas.mixed import MixedEdges, factorized_reduce
+from conas.operations import OPERATIONS, FactorizedReduce, ReLUConvBN
+from conas.statistics import Statistics
 
 STEM_MULTIPLIER = 3
 
-
-class State:
-    """A state of a cell, with what its outgoing edges share: its ReLU, and its pools with their BatchNorm."""
-
-    def __init__(self, x: Tensor):
-        self.x, self.rectified = x, x.relu()
-        self._pools: dict[tuple, tuple] = {}
-
-    def scaled_pool(self, primitive: str, stride: int, pool: nn.Module, norm: nn.BatchNorm2d, scale: Tensor) -> Tensor:
-        """scale * norm(pool(x)). In training all edges of a stride normalise by the same batch: that is done once."""
-        if (primitive, stride) not in self._pools:
-            pooled = pool(self.x)
-            normalised = batch_norm(pooled, None, None, training=True, eps=norm.eps) if norm.training else None
-            self._pools[primitive, stride] = pooled, normalised
-        pooled, normalised = self._pools[primitive, stride]
-        if not norm.training:  # every edge has running statistics of its own
-            return scaled_norm(norm, pooled, scale)
-        if norm.track_running_stats:
-            with torch.no_grad():
-                variance, mean = torch.var_mean(pooled, dim=(0, 2, 3))
-                norm.running_mean.lerp_(mean, norm.momentum)
-                norm.running_var.lerp_(variance, norm.momentum)
-                norm.num_batches_tracked.add_(1)
-        return scale * normalised
+# The edges of a cell are numbered by node: 0, 1 into the first, 2, 3, 4 into the second, ... They are computed by what
+# they leave: OUTGOING[n] are those out of both inputs for n = 0, then out of node n-1, each to node n and all after it.
+OUTGOING = [[node * (node + 3) // 2 + source for source in ((0, 1) if n == 0 else (n + 1,)) for node in range(n, NODES)]
+            for n in range(NODES)]
 
 
 class MixedOp(nn.Module):
-    """Equation 2 of DARTS: all primitives on one edge, summed with the softmax of the edge's alphas as weights."""
+    """All primitives on one edge (equation 2 of DARTS): parameters and running statistics, under the published names.
+
+    What is computed with them, for many edges at once, is in `conas/mixed.py`.
+    """
 
     def __init__(self, primitives: Sequence[str], C: int, stride: int):
         super().__init__()
-        self.primitives, self.stride = primitives, stride
         self._ops = nn.ModuleList()
         for primitive in primitives:
             operation = OPERATIONS[primitive](C, stride, False)
@@ -50,19 +36,9 @@ class MixedOp(nn.Module):
                 operation = nn.Sequential(operation, nn.BatchNorm2d(C, affine=False))
             self._ops.append(operation)
 
-    def terms(self, state: State, probabilities: Tensor) -> Iterator[Tensor]:
-        """The summands p * operation(x) but for `none`, whose is zero; `probabilities` (P,)."""
-        for primitive, p, operation in zip(self.primitives, probabilities.unbind(), self._ops):
-            if "pool" in primitive:
-                yield state.scaled_pool(primitive, self.stride, *operation, p)
-            elif isinstance(operation, nn.Identity):
-                yield p * state.x
-            elif primitive != "none":
-                yield operation.scaled(state.rectified, p)
-
 
 class SearchCell(nn.Module):
-    """A cell whose every edge is mixed. Output: the NODES intermediate states, concatenated, (N, NODES*C, H', W')."""
+    """A cell whose every edge is mixed. Output: the NODES intermediate states, concatenated, (N, H', W', NODES*C)."""
 
     def __init__(self, primitives: Sequence[str], C_prev_prev: int, C_prev: int, C: int, reduction: bool,
                  reduction_prev: bool):
@@ -75,15 +51,37 @@ class SearchCell(nn.Module):
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
         self._ops = nn.ModuleList(MixedOp(primitives, C, 2 if reduction and source < 2 else 1)
                                   for node in range(NODES) for source in range(2 + node))
+        self.mixed = [MixedEdges(primitives, [self._ops[edge] for edge in edges], states=1 if n else 2,
+                                 stride=2 if reduction and n == 0 else 1) for n, edges in enumerate(OUTGOING)]
 
-    def forward(self, s0: Tensor, s1: Tensor, probabilities: Tensor) -> Tensor:
-        """`probabilities` (EDGES, P) are the softmax of the alphas of this kind of cell."""
-        states = [State(self.preprocess0(s0)), State(self.preprocess1(s1))]
-        edges = iter(zip(self._ops, probabilities))
-        for _ in range(NODES):
-            incoming = [(state, *next(edges)) for state in states]
-            states.append(State(sum(term for state, mixed, p in incoming for term in mixed.terms(state, p))))
-        return torch.cat([state.x for state in states[-NODES:]], dim=1)
+    def packs(self) -> list[list[nn.Parameter]]:
+        """The weights as packs to be concatenated, in the order in which `forward` takes them."""
+        preprocess = [[p] for module in (self.preprocess0, self.preprocess1) for p in module.parameters()]
+        return preprocess + [pack for edges in self.mixed for pack in edges.packs()]
+
+    def forward(self, s0: Tensor, s1: Tensor, shares: Sequence[tuple], weights: Iterator[Tensor],
+                statistics: Statistics) -> Tensor:
+        """`s0`, `s1` (N, H, W, C) come after ReLU; `shares` are the softmax of the alphas, for each of `mixed`."""
+        source = torch.stack([_preprocess(self.preprocess0, s0, weights, statistics),
+                              _preprocess(self.preprocess1, s1, weights, statistics)])
+        nodes, arriving, arriving_in_phases = [], [[] for _ in range(NODES)], [[] for _ in range(NODES)]
+        for n, (edges, (p, q)) in enumerate(zip(self.mixed, shares)):
+            out, in_phases = edges(source, p, q, weights, statistics)
+            for terms, sums in (arriving, out), (arriving_in_phases, in_phases):
+                for node, term in enumerate([] if sums is None else sums.unbind(), start=n):
+                    terms[node].append(term)
+            # all edges into node n have now been computed: equation 1
+            if arriving_in_phases[n]:
+                arriving[n].append(interleave(reduce(torch.add, arriving_in_phases[n])))
+            nodes.append(reduce(torch.add, arriving[n]))
+            source = nodes[n][None]
+        return torch.cat(nodes, dim=3)
+
+
+def _preprocess(module: nn.Module, x: Tensor, weights: Iterator[Tensor], statistics: Statistics) -> Tensor:
+    if isinstance(module, FactorizedReduce):
+        return statistics.normalise(factorized_reduce(x[None], next(weights), next(weights), 1), [module.bn])
+    return statistics.normalise(linear(x, next(weights).flatten(1)), [module.op[2]])
 
 
 class Supernet(nn.Module):
@@ -114,14 +112,44 @@ class Supernet(nn.Module):
         shape = (EDGES, len(self.primitives))
         self.alphas_normal = nn.Parameter(1e-3 * torch.randn(shape))
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(shape))
+        self.register_buffer("outgoing", torch.tensor([edge for edges in OUTGOING for edge in edges]), persistent=False)
+        self.frozen = False  # see `frozen_statistics`
+        self._packs = [[self.stem[0].weight], [self.stem[1].weight], [self.stem[1].bias],
+                       *(pack for cell in self.cells for pack in cell.packs()),
+                       [self.classifier.weight], [self.classifier.bias]]
+
+    def packing(self) -> list[nn.Parameter]:
+        """The weights in the order of the flat vector that `with_weights` takes."""
+        return [p for pack in self._packs for p in pack]
 
     def forward(self, x: Tensor) -> Tensor:
         """Logits (N, num_classes) of images (N, in_channels, H, W)."""
-        normal, reduce = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
-        s0 = s1 = self.stem(x)
+        return self.with_weights(x, torch.cat([p.reshape(-1) for p in self.packing()]))
+
+    def with_weights(self, x: Tensor, w: Tensor) -> Tensor:
+        """`forward` with the weights in the flat vector `w` in place of the network's own."""
+        weights = self._unpack(w)
+        statistics = Statistics(batch=self.training, keep=not self.frozen)
+        shares = {reduction: self._shares(alphas, reduction, statistics)
+                  for reduction, alphas in ((False, self.alphas_normal), (True, self.alphas_reduce))}
+        x = conv2d(x.contiguous(memory_format=torch.channels_last), next(weights), padding=1).permute(0, 2, 3, 1)
+        out = statistics.normalise(x, [self.stem[1]], next(weights), next(weights))
+        s0 = s1 = out.relu()  # every cell begins with it
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
-        return self.classifier(s1.mean(dim=(2, 3)))
+            out = cell(s0, s1, shares[cell.reduction], weights, statistics)
+            s0, s1 = s1, out.relu()
+        statistics.update()
+        return linear(out.mean(dim=(1, 2)), next(weights), next(weights))
+
+    def _unpack(self, w: Tensor) -> Iterator[Tensor]:
+        packs = w.split([sum(p.numel() for p in pack) for pack in self._packs])
+        return iter([flat.view(-1, *pack[0].shape[1:]) for flat, pack in zip(packs, self._packs)])
+
+    def _shares(self, alphas: Tensor, reduction: bool, statistics: Statistics) -> list[tuple]:
+        """The probabilities of equation 2 as each of a cell's `mixed` takes them; cells of a kind share them."""
+        edges = next((cell.mixed for cell in self.cells if cell.reduction == reduction), [])
+        rows = alphas.softmax(dim=-1)[self.outgoing].split([len(edges) for edges in OUTGOING])
+        return [mixed.shares(part, statistics) for mixed, part in zip(edges, rows)]
 
     def alphas(self) -> dict[str, nn.Parameter]:
         """The architecture parameters by name."""
@@ -137,17 +165,13 @@ class Supernet(nn.Module):
 
 
 @contextmanager
-def frozen_statistics(network: nn.Module) -> Iterator[None]:
+def frozen_statistics(network: Supernet) -> Iterator[None]:
     """Inside, BatchNorm in training mode normalises by the batch as usual but leaves its running statistics alone.
 
     For the architect: its passes look at weights that the search never has.
     """
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm2d)]
-    tracked = [norm.track_running_stats for norm in norms]
+    network.frozen = True
     try:
-        for norm in norms:
-            norm.track_running_stats = False
         yield
     finally:
-        for norm, track in zip(norms, tracked):
-            norm.track_running_stats = track
+        network.frozen = False

@@ -36,6 +36,14 @@ class Smooth(nn.Module):
     def weights(self):
         return {name: p for name, p in self.named_parameters() if not name.startswith("alphas")}
 
+    def packing(self):
+        return list(self.weights().values())
+
+    def with_weights(self, x, w):
+        parts = w.split([p.numel() for p in self.packing()])
+        ahead = {name: part.view_as(p) for (name, p), part in zip(self.weights().items(), parts)}
+        return torch.func.functional_call(self, ahead, (x,))
+
 
 def exact(network, train, valid, velocity, xi, momentum, decay):
     """The hypergradient by differentiating through the virtual step."""

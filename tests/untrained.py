@@ -31,12 +31,14 @@ def write_runs(root: Path, dataset: str, data: str, image_size: int | None, subs
                 for alphas in network.alphas().values():
                     alphas.normal_()
                 # least squares for the classifier makes answers that are better than chance
-                features = []
-                handle = network.classifier.register_forward_pre_hook(lambda _, inputs, f=features: f.append(inputs[0]))
-                network.eval()(x)
-                handle.remove()
+                D = network.classifier.in_features
+                # the same network, but with its features for logits
+                probe = space.network(2, D, 3, images.info.channels)
+                probe.load_state_dict(network.state_dict() | {"classifier.weight": torch.eye(D),
+                                                              "classifier.bias": torch.zeros(D)})
+                features = probe.eval()(x)
                 target = torch.nn.functional.one_hot(y, images.info.num_classes).float() * 4
-                network.classifier.weight.copy_(torch.linalg.lstsq(features[0], target).solution.T)
+                network.classifier.weight.copy_(torch.linalg.lstsq(features, target).solution.T)
                 network.classifier.bias.zero_()
             checkpoint = checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about,
                                               arguments=arguments)

@@ -1,0 +1,163 @@
+"""Pointwise convolution, BatchNorm and the sum of equation 2, folded into one matrix product.
+
+Maps z are (K, N, H, W, C): K groups of C channels, each with a weight W (C, C) and a probability p. For z of mean zero
+and covariance S of its channels over all pixels,
+
+    p BatchNorm(W z) = (p/std W) z,    var = diag(W S W^T)
+
+so neither W z nor its normalised form is ever stored, and weighing by p costs nothing. With running statistics the
+same holds with their variance, and a constant for their mean.
+"""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from conas.statistics import Statistics
+
+EPS = 1e-5  # of nn.BatchNorm2d
+
+
+def halfway(z: Tensor, mean: Tensor | None, weight: Tensor, norms: Sequence[nn.BatchNorm2d], statistics: Statistics
+            ) -> Tensor:
+    """relu(BatchNorm(W z)), of the shape of z; weight (K, C, C).
+
+    By the statistics of the batch, `mean` (K, 1, C) is the mean that has been subtracted from z.
+    """
+    if not statistics.batch:
+        scaled, shift = _running_scale(weight, None, norms)
+        return torch.baddbmm(shift, _rows(z), scaled).relu().view(z.shape)
+    out, variance = _Halfway.apply(z, weight)
+    statistics.add(norms, mean, weight, variance, z[0].numel() // z.shape[-1])
+    return out
+
+
+def mix(z: Tensor | None, inner: Tensor | None, mean: Tensor | None, weight: Tensor, p: Tensor, plain: Tensor | None,
+        q: Tensor, norms: Sequence[nn.BatchNorm2d], statistics: Statistics) -> tuple[Tensor | None, Tensor | None]:
+    """For each of E edges the sum of p BatchNorm(W z) over its groups; group k is of edge k % E.
+
+    z and inner have groups of their own, in this order in weight (K, C, C), p (K,) and mean (K, 1, C), and a sum of
+    their own, (E, N, H, W, C). The sum of z includes sum_m q[:, m] plain[m], with plain (M, N, H, W, C) and q (E, M).
+    """
+    if not statistics.batch:
+        scaled, shift = _running_scale(weight, p, norms)
+        out, inner = _sums(z, inner, scaled, plain, q)
+        shift = shift.view(-1, len(q), 1, 1, 1, shift.shape[-1]).sum(0)
+        return (None, inner + shift) if out is None else (out + shift, inner)
+    out, inner, variance = _Mix.apply(z, inner, weight, p, plain, q)
+    pixels = (out if inner is None else inner)[0].numel() // weight.shape[-1]
+    statistics.add(norms, mean, weight, variance, pixels)
+    return out, inner
+
+
+def _running_scale(weight, p, norms):
+    """`scaled` (K, C in, C out) and `shift` (K, 1, C) with p BatchNorm(W z) = z scaled + shift."""
+    mean, variance = Statistics.running(norms)
+    scale = (variance + EPS).rsqrt() if p is None else (variance + EPS).rsqrt() * p[:, None, None]
+    return scale * weight.transpose(1, 2), -scale * mean
+
+
+def _rows(z: Tensor) -> Tensor:
+    """(K, N, H, W, C) -> (K, pixels, C)."""
+    return z.reshape(z.shape[0], -1, z.shape[-1])
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Sums over pixels of the products of channels, (K, C, C)."""
+    return torch.bmm(a.transpose(1, 2), b)
+
+
+def _mean(g: Tensor) -> Tensor:
+    """The mean over pixels of g (K, pixels, C), (K, 1, C)."""
+    K, pixels, _ = g.shape
+    return torch.bmm(g.new_full((1, 1, 1), 1 / pixels).expand(K, 1, pixels), g)
+
+
+class _Folded:
+    """`scaled` (K, C in, C out) with p BatchNorm(W z) = z scaled, from the batch."""
+
+    def __init__(self, weight: Tensor, p: Tensor | None, products: Tensor, pixels: int):
+        self.weight, self.p, self.pixels = weight.transpose(1, 2), p, pixels
+        self.covariance = products.div_(pixels)
+        self.variance = (torch.bmm(self.covariance, self.weight) * self.weight).sum(1, keepdim=True)
+        self.rstd = (self.variance + EPS).rsqrt_()
+        self.scale = self.rstd if p is None else self.rstd * p[:, None, None]
+        self.scaled = self.scale * self.weight
+
+    def backward(self, d_scaled: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
+        """From the gradient by `scaled`: those by weight and p, and the matrix (K, C, C) for which z matrix is the
+        gradient by z that comes through its covariance."""
+        d_scale = (d_scaled * self.weight).sum(1, keepdim=True)
+        d_p = None if self.p is None else (self.rstd * d_scale).sum((1, 2))
+        half = (self.scale * self.rstd * self.rstd * d_scale) * self.weight  # -2 d_variance W
+        d_weight = (self.scale * d_scaled).baddbmm_(self.covariance, half, alpha=-1)
+        matrix = torch.bmm(half, self.weight.transpose(1, 2)).div_(-self.pixels)
+        return d_weight.transpose(1, 2), d_p, matrix
+
+
+class _Halfway(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, weight):
+        rows = _rows(z)
+        ctx.folded = folded = _Folded(weight, None, _products(rows, rows), rows.shape[1])
+        out = torch.bmm(rows, folded.scaled).relu_().view(z.shape)
+        ctx.save_for_backward(z, out)
+        ctx.mark_non_differentiable(folded.variance)
+        return out, folded.variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, _):
+        z, out = ctx.saved_tensors
+        rows = _rows(z)
+        grad = _rows(torch.ops.aten.threshold_backward(grad, out, 0))
+        grad -= _mean(grad)  # z is centred, so its gradient is
+        d_weight, _, matrix = ctx.folded.backward(_products(rows, grad))
+        d_z = torch.bmm(rows, matrix).baddbmm_(grad, ctx.folded.scaled.transpose(1, 2))
+        return d_z.view(z.shape), d_weight
+
+
+class _Mix(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, z, inner, weight, p, plain, q):
+        rows = [_rows(m) for m in (z, inner) if m is not None]
+        ctx.folded = folded = _Folded(weight, p, torch.cat([_products(m, m) for m in rows]), rows[0].shape[1])
+        sums = _sums(z, inner, folded.scaled, plain, q)
+        ctx.save_for_backward(z, inner, plain, q)
+        ctx.mark_non_differentiable(folded.variance)
+        return *sums, folded.variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, grad_inner, _):
+        z, inner, plain, q = ctx.saved_tensors
+        folded, E = ctx.folded, len(q)
+        d_plain = d_q = None
+        if plain is not None:
+            flat, maps = grad.view(E, -1), plain.view(len(plain), -1)
+            d_plain, d_q = (q.t() @ flat).view(plain.shape), flat @ maps.t()
+        terms = []  # z, its gradient, and the gradient of its sum, for the groups of one operation on all edges
+        d_maps = [None, None]
+        for i, (m, g) in enumerate([(z, grad), (inner, grad_inner)]):
+            if m is not None:
+                d_maps[i] = torch.empty_like(m)
+                g = _rows(g) - _mean(_rows(g))  # z is centred, so its gradient is
+                terms += [(part, d, g) for part, d in zip(_rows(m).split(E), _rows(d_maps[i]).split(E))]
+        d_weight, d_p, matrix = folded.backward(torch.cat([_products(part, g) for part, _, g in terms]))
+        for (part, d, g), through, scaled in zip(terms, matrix.split(E), folded.scaled.split(E)):
+            torch.bmm(part, through, out=d).baddbmm_(g, scaled.transpose(1, 2))
+        return *d_maps, d_weight, d_p, d_plain, d_q
+
+
+def _sums(z, inner, scaled, plain, q):
+    scaled, out, sums = iter(scaled.split(len(q))), None, []
+    if plain is not None:
+        out = (q @ plain.view(len(plain), -1)).view(len(q), -1, plain.shape[-1])
+    for m in (z, inner):
+        for part in () if m is None else _rows(m).split(len(q)):
+            out = torch.bmm(part, next(scaled)) if out is None else out.baddbmm_(part, next(scaled))
+        like = plain if m is None else m
+        sums.append(None if out is None else out.view(len(q), *like.shape[1:]))
+        out = None
+    return sums
