@@ -1,7 +1,8 @@
-"""Test every checkpoint of this space's search, epoch by epoch.
+"""Test every checkpoint of this space, epoch by epoch: the supernets of its search, and its retrained networks.
 
-    python test_all.py                                        # the run in search-EXP
-    python test_all.py --save NAME                            # the run in search-NAME
+    python test_all.py                                        # the runs in search-EXP and train-EXP
+    python test_all.py --save NAME                            # the runs in search-NAME and train-NAME
+    python test_all.py --stage train                          # the retrained networks only
 """
 import sys
 from pathlib import Path

@@ -4,33 +4,44 @@ A checkpoint holds what is needed to rebuild its network without a command line:
 
     format version torch stage space primitives network genotype epoch dataset arguments seed state
 
-`network` are the constructor's arguments, `dataset` describes the images (name, classes, ...), `state` is the
-`state_dict`, alphas included.
+`stage` is "search" for a supernet and "train" for a derived network. `network` are the constructor's arguments, for
+derived networks with their `kind` among NETWORKS; `dataset` describes the images (name, classes, ...), `state` is the
+`state_dict`, alphas included. A file NAME.safetensors holds `state`, and the other fields as JSON in its metadata.
 """
 import hashlib
 import io
+import json
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import conas
 from conas import genotype as genotypes
 from conas.errors import InputError
 from conas.files import atomic_path
+from conas.networks import NETWORKS, DerivedNetwork
+from conas.operations import OPERATIONS
 from conas.supernet import Supernet
 
 FORMAT = "conas-checkpoint"
+SAFETENSORS = ".safetensors"
 FIELDS = {"format": str, "version": str, "torch": str, "stage": str, "space": str, "primitives": list,
           "network": dict, "genotype": dict, "epoch": int, "dataset": dict, "arguments": dict, "seed": int,
           "state": dict}
 
 
-def describe(network: Supernet, *, space: str, epoch: int, dataset: dict, arguments: dict) -> dict:
-    """The checkpoint of a supernet after `epoch`, ready for `save`."""
+def describe(network: Supernet | DerivedNetwork, *, space: str, epoch: int, dataset: dict, arguments: dict,
+             primitives: Sequence[str] | None = None) -> dict:
+    """The checkpoint of a network after `epoch`, ready for `save`. A derived network needs its space's primitives."""
+    derived = isinstance(network, DerivedNetwork)
     return {
-        "format": FORMAT, "version": conas.__version__, "torch": str(torch.__version__), "stage": "search",
-        "space": space, "primitives": list(network.primitives), "network": network.arguments,
+        "format": FORMAT, "version": conas.__version__, "torch": str(torch.__version__),
+        "stage": "train" if derived else "search", "space": space,
+        "primitives": list(primitives if derived else network.primitives),
+        "network": {"kind": network.kind, **network.arguments} if derived else network.arguments,
         "genotype": genotypes.to_json(network.genotype()), "epoch": epoch, "dataset": dataset,
         "arguments": arguments, "seed": arguments["seed"], "state": network.state_dict(),
     }
@@ -45,43 +56,135 @@ def save(path: str | Path, checkpoint: dict) -> None:
 
 
 def load(path: str | Path) -> dict:
-    """Read a checkpoint to the CPU; nothing in the file is executed.
+    """Read a checkpoint, or what `export` wrote, to the CPU; nothing in the file is executed.
 
     Raises InputError naming the file if it is missing, damaged, not a CoNAS checkpoint, or holds pickled objects.
     """
+    return check(path, read(path))
+
+
+def is_ours(content: object) -> bool:
+    """Whether what `read` gave was written by `save` or `export`, and not by DARTS' code."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def check(path: str | Path, content: object) -> dict:
+    """Return what `read` gave, if that is a checkpoint with all its fields; else InputError."""
+    if not is_ours(content):
+        raise InputError(f"{path}: not a CoNAS checkpoint; train_search.py and train.py write them")
+    for name, kind in FIELDS.items():
+        if not isinstance(content.get(name), kind):
+            raise InputError(f"{path}: its field {name!r} is missing or not a {kind.__name__}")
+    return content
+
+
+def read(path: str | Path) -> object:
+    """Whatever is in a file of tensors and plain values, on the CPU. Raises InputError if that cannot be read."""
+    if Path(path).suffix == SAFETENSORS:
+        return _read_safetensors(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # torch muses about damaged files before it fails on them
-            checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise InputError(f"{path}: no such checkpoint") from error
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise InputError(f"{path}: refused, since it is damaged or holds more than tensors and plain values; nothing "
                          "in it was run. Delete it, or copy a good one here") from error
-    if not isinstance(checkpoint, dict) or checkpoint.get("format") != FORMAT:
-        raise InputError(f"{path}: not a CoNAS checkpoint; train_search.py writes them")
-    for name, kind in FIELDS.items():
-        if not isinstance(checkpoint.get(name), kind):
-            raise InputError(f"{path}: its field {name!r} is missing or not a {kind.__name__}")
+
+
+def load_resume(folder: Path, about: dict) -> dict | None:
+    """What `resume.pt` of a run holds, or None before the first epoch's end; `about` describes the images now.
+
+    Raises InputError if the training images are not those of the run's earlier epochs.
+    """
+    path = folder / "resume.pt"
+    if not path.exists():
+        return None
+    checkpoint = load(path)
+    if checkpoint["dataset"]["fingerprint"] != about["fingerprint"]:
+        raise InputError(f"{path}: the training images have changed since this run began; restore them, "
+                         "or give --save another name")
     return checkpoint
 
 
-def restore(path: str | Path, checkpoint: dict, space: str, network_class: type[Supernet]) -> Supernet:
-    """The network of a loaded checkpoint, if it belongs to `space` and its primitives; else InputError.
+def published_state(path: str | Path, content: object) -> dict[str, Tensor]:
+    """The `state_dict` in what `read` gave for a file of DARTS' code: bare, or wrapped in {"state_dict": ...}.
 
-    Names and not shapes decide: spaces with equally many primitives have tensors of equal shapes.
+    Names lose the prefix that DataParallel gives them. Raises InputError if there is no `state_dict`.
+    """
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
+        raise InputError(f"{path}: holds neither a CoNAS checkpoint nor a state_dict; copy a good one here")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def restore(path: str | Path, checkpoint: dict, space: str, network_class: type[Supernet] | None = None
+            ) -> Supernet | DerivedNetwork:
+    """The network of a loaded checkpoint, if it belongs to `space`; else InputError.
+
+    A supernet must have the primitives of `network_class`, and names and not shapes decide: spaces with equally many
+    primitives have tensors of equal shapes. Derived networks do not need `network_class`.
     """
     if checkpoint["space"] != space:
-        raise InputError(f"{path}: written by {checkpoint['space']}, not by {space}; move the folder of that run out "
-                         f"of {space}, or search there under another --save name")
+        raise InputError(f"{path}: written by {checkpoint['space']}, not by {space}; name a file of this folder, or "
+                         f"move that run out of {space} and start another there")
+    if checkpoint["stage"] == "train" or network_class is None:
+        return restore_derived(path, checkpoint)
     if checkpoint["primitives"] != list(network_class.primitives):
         raise InputError(f"{path}: searched over {', '.join(checkpoint['primitives'])}, but genotypes.py of {space} "
                          f"now lists {', '.join(network_class.primitives)}; restore that list or search again")
+    return _rebuild(path, checkpoint, network_class, checkpoint["network"])
+
+
+def restore_derived(path: str | Path, checkpoint: dict) -> DerivedNetwork:
+    """The derived network of a loaded checkpoint of any space. Raises InputError for a supernet."""
+    if checkpoint["stage"] != "train" or checkpoint["network"].get("kind") not in NETWORKS:
+        raise InputError(f"{path}: is of the stage {checkpoint['stage']!r}, and no retrained network; train.py writes "
+                         "those")
+    genotype = genotypes.from_json(checkpoint["genotype"], str(path), OPERATIONS)
+    arguments = {name: value for name, value in checkpoint["network"].items() if name != "kind"}
+    return _rebuild(path, checkpoint, NETWORKS[checkpoint["network"]["kind"]], arguments | {"genotype": genotype})
+
+
+def _rebuild(path: str | Path, checkpoint: dict, network_class: type, arguments: dict) -> Supernet | DerivedNetwork:
     try:
-        network = network_class(**checkpoint["network"])
+        network = network_class(**arguments)
         network.load_state_dict(checkpoint["state"])
     except (TypeError, RuntimeError, ValueError, AttributeError) as error:
         raise InputError(f"{path}: its tensors do not fit its own description; copy a good one here") from error
     return network
+
+
+def export(path: str | Path, checkpoint: dict) -> None:
+    """Write a checkpoint as .safetensors, atomically. Raises InputError without that package or suffix."""
+    if Path(path).suffix != SAFETENSORS:
+        raise InputError(f"--export {path}: the name must end in {SAFETENSORS}")
+    metadata = {name: json.dumps(checkpoint[name]) for name in FIELDS if name != "state"}
+    state = {name: tensor.contiguous() for name, tensor in checkpoint["state"].items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(_safetensors().torch.save(state, metadata))
+
+
+def _read_safetensors(path: str | Path) -> dict:
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            fields = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in FIELDS}
+            return fields | {"state": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such checkpoint") from error
+    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: damaged ({error}); copy a good one here") from error
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise InputError(f"{SAFETENSORS} files need a package that is not installed; pip install safetensors"
+                         ) from error
+    return safetensors
 
 
 def sha256(path: str | Path) -> str:

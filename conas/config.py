@@ -15,8 +15,8 @@ class DataOptions:
     dataset: str = option("cifar10", "the images", choices=sorted(DATASETS))
     data: str = option(str(ROOT / "data"), "where data sets are kept or downloaded to; for --dataset folder, "
                        "the folder of class folders")
-    image_size: int | None = option(None, "resize images to this many pixels (default: the data set's own, 32 for "
-                                    "photographs)", low=8, high=1024)
+    image_size: int | None = option(None, "resize images to this many pixels (default: the data set's own: 224 for "
+                                    "imagenet, 32 for other photographs)", low=8, high=1024)
     subset: int | None = option(None, "use only this many images of each split, for trial runs", low=2)
     workers: int = option(2, "processes that decode images, for data sets too large for memory", low=0, high=256)
 
@@ -71,6 +71,108 @@ class RunOptions:
     seed: int = option(2, "of initial weights, order and augmentation", low=0, high=2**31 - 1)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     report_freq: int = option(50, "steps between two looks at loss and accuracy", low=1)
+    tensorboard: bool = option(False, "write scalars, alphas and cells for TensorBoard too (pip install tensorboard)")
+
+
+# What the paper trains derived networks with, on CIFAR-10 and on ImageNet; without gamma, a cosine ends at 0.
+RECIPES = {
+    "cifar": {"init_channels": 36, "layers": 20, "epochs": 600, "batch_size": 96, "learning_rate": 0.025,
+              "gamma": None, "weight_decay": 3e-4, "label_smooth": 0.0, "drop_path_prob": 0.2},
+    "imagenet": {"init_channels": 48, "layers": 14, "epochs": 250, "batch_size": 128, "learning_rate": 0.1,
+                 "gamma": 0.97, "weight_decay": 3e-5, "label_smooth": 0.1, "drop_path_prob": 0.0},
+}
+PHOTOGRAPHS = ("folder", "imagenet", "imagenette")  # data sets that have the recipe imagenet from 128 pixels on
+
+
+def recipe_option(name: str, help: str, **limits):
+    """An `option` whose default is that of the recipe."""
+    small, large = RECIPES["cifar"][name], RECIPES["imagenet"][name]
+    return option(None, f"{help} (default: {small}; imagenet {large})", **limits)
+
+
+@dataclass
+class NetworkOptions:
+    """network"""
+
+    arch: str | None = option(None, "the cells: a published name, a name in genotypes.py, or a file NAME.json "
+                              "(default: what this space's last search found)")
+    search: str = option("EXP", "name of the search whose cells are trained")
+    any_ops: bool = option(False, "let --arch use operations that this space does not search over")
+    recipe: str | None = option(None, "network and defaults of the paper's experiments with small images, or with "
+                                "photographs (default: imagenet for folder, imagenet and imagenette from 128 pixels "
+                                "on, else cifar)", choices=list(RECIPES))
+    init_channels: int | None = recipe_option("init_channels", "channels of the first cells", low=2, high=1024,
+                                              even=True)
+    layers: int | None = recipe_option("layers", "number of cells", low=3, high=100)
+    auxiliary: bool = option(False, "a second classifier at two thirds of the depth, for training only")
+    auxiliary_weight: float = option(0.4, "of its loss", low=0.0)
+    init_from: str | None = option(None, "begin with the weights of this checkpoint, .safetensors or published file; "
+                                   "without --arch, also with its cells")
+
+
+@dataclass
+class RecipeOptions:
+    """recipe: SGD, and what keeps large networks from overfitting"""
+
+    epochs: int | None = recipe_option("epochs", "passes over the training images", low=1)
+    batch_size: int | None = recipe_option("batch_size", "images in a batch", low=2)
+    learning_rate: float | None = recipe_option("learning_rate", "of epoch 0", low=0.0)
+    gamma: float | None = recipe_option("gamma", "the learning rate is multiplied by this every --decay_period epochs; "
+                                        "None lets it fall along a cosine to 0", low=0.0, high=1.0)
+    decay_period: int = option(1, "epochs between two multiplications by --gamma", low=1)
+    momentum: float = option(0.9, "of SGD", low=0.0, high=1.0)
+    weight_decay: float | None = recipe_option("weight_decay", "of the weights", low=0.0)
+    grad_clip: float = option(5.0, "largest 2-norm of the weights' gradient", low=0.0)
+    label_smooth: float | None = recipe_option("label_smooth", "part of every target that all classes share",
+                                               low=0.0, high=1.0)
+    drop_path_prob: float | None = recipe_option("drop_path_prob", "probability to lose an edge, rising from 0 to this",
+                                                 low=0.0, high=0.99)
+    cutout: bool = option(False, "blank a square of every training image")
+    cutout_length: int = option(16, "side of that square in pixels", low=1)
+
+
+@dataclass
+class HeldOutOptions:
+    """images held out of the training images, to choose the best network; test images are for test.py"""
+
+    valid_portion: float = option(0.1, "part of the training images; 0 trains on all of them, and the last network "
+                                  "counts as the best", low=0.0, high=0.9)
+    split_seed: int = option(0, "of that split; equal for all members of a committee", low=0, high=2**31 - 1)
+    patience: int | None = option(None, "stop after so many epochs without a better network (default: never)", low=1)
+
+
+@dataclass
+class TrainRunOptions:
+    """run"""
+
+    save: str = option("EXP", "name of the run: everything goes to the folder train-NAME beside the script")
+    checkpoint_freq: int | None = option(None, "epochs between two checkpoints that are kept (default: about 50 in a "
+                                         "run)", low=1)
+    seed: int = option(0, "of initial weights, order and augmentation", low=0, high=2**31 - 1)
+    device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    amp: str = option("auto", "arithmetic of the passes: bf16, float32 (off), or bf16 on GPUs that have it (auto)",
+                      choices=["auto", "bf16", "off"])
+    compile: bool = option(False, "by torch.compile; the first two epochs then take minutes longer")
+    report_freq: int = option(50, "steps between two looks at loss and accuracy", low=1)
+
+
+@dataclass
+class ModelOptions:
+    """network"""
+
+    model_path: str | None = option(None, "checkpoint or .safetensors file (default: the best network of the run)")
+    export: str | None = option(None, "write its weights, with all that describes them, to this file NAME.safetensors")
+
+
+STAGES = {"search": "supernets of the search", "train": "retrained networks"}
+
+
+@dataclass
+class StageOptions:
+    """which networks"""
+
+    stage: str | None = option(None, "supernets of the search, or retrained networks (default: what there is of both)",
+                               choices=list(STAGES))
 
 
 @dataclass
@@ -79,8 +181,8 @@ class TestOptions:
 
     __test__ = False  # not a pytest class
 
-    save: str = option("EXP", "name of the run: its folder is search-NAME")
-    data: str | None = option(None, "where the data set is, if it is no longer where the search had it")
+    save: str = option("EXP", "name of the run: its folder is search-NAME or train-NAME")
+    data: str | None = option(None, "where the data set is, if it is no longer where the run had it")
     batch_size: int = option(256, "images in a batch", low=1)
     workers: int = option(2, "processes that decode images, for data sets too large for memory", low=0, high=256)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")

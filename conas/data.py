@@ -49,6 +49,7 @@ DATASETS = {info.name: info for info in (
     DataInfo("cifar100", (), 3, 32, (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047), True),
     DataInfo("svhn", (), 3, 32, (0.43768210, 0.44376970, 0.47280442), (0.19803012, 0.20101562, 0.19703614), False),
     DataInfo("fashionmnist", (), 1, 28, (0.28604059,), (0.35302424,), True),
+    DataInfo("imagenet", (), 3, 224, *_IMAGENET, True),
     DataInfo("imagenette", (), 3, 32, *_IMAGENET, True),
     DataInfo("folder", (), 3, 32, *_IMAGENET, True),
     DataInfo("digits", (), 1, 8, (0.30518072,), (0.37595157,), False),
@@ -93,16 +94,19 @@ class ImageSet:
             digest.update(images.contiguous().numpy())
         return digest.hexdigest()
 
-    def batches(self, batch_size: int, device: torch.device | str, indices: Tensor | None = None, workers: int = 0
-                ) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, device: torch.device | str, indices: Tensor | None = None, workers: int = 0,
+                crop: int | None = None) -> Iterator[tuple[Tensor, Tensor]]:
         """The images in order, or those of `indices`: float32 (B, C, H, W), normalised, channels_last, and labels.
 
-        For evaluation: nothing is augmented and none is left out, so that the last batch may be short.
+        For evaluation: nothing is augmented and none is left out, so that the last batch may be short. `crop` takes
+        the central square of that many pixels.
         """
         indices = torch.arange(len(self)) if indices is None else indices.cpu()
         mean, std = self.info.moments(device)
+        margin = 0 if crop is None else (self.info.image_size - crop) // 2
+        inside = slice(margin, None if crop is None else margin + crop)
         for x, y in self.gather(indices.split(batch_size), device, workers):
-            yield normalise(x, mean, std), y
+            yield normalise(x[:, :, inside, inside], mean, std), y
 
     def gather(self, indices: Iterable[Tensor], device: torch.device | str, workers: int = 0
                ) -> Iterator[tuple[Tensor, Tensor]]:

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from conas import checkpoint as checkpoints
 from conas.cli import find_device, parse
-from conas.config import TestOptions
+from conas.config import STAGES, StageOptions, TestOptions
 from conas.data import ImageSet, load
 from conas.errors import InputError
 from conas.files import atomic_path, write_text
-from conas.run import folder_name, list_checkpoints
+from conas.run import best_checkpoint, folder_name, list_checkpoints
 from conas.spaces import Space
 from conas.splits import stratified_split
 
@@ -96,21 +96,45 @@ def load_scores(path: Path) -> Scores:
 
 @torch.inference_mode()
 def predict(network: nn.Module, images: ImageSet, batch_size: int, device: torch.device,
-            indices: Tensor | None = None) -> Tensor:
-    """Logits (N, K), float32 on the CPU, of a network in evaluation mode, for all images or those of `indices`."""
+            indices: Tensor | None = None, workers: int = 0, crop: int | None = None) -> Tensor:
+    """Logits (N, K), float32 on the CPU, of a network in evaluation mode, for all images or those of `indices`.
+
+    `crop` is the side of the central square that the network looks at (default: all of the image).
+    """
     network = network.to(device, memory_format=torch.channels_last).eval()
-    logits = [network(x) for x, _ in images.batches(batch_size, device, indices)]
+    logits = [network(x) for x, _ in images.batches(batch_size, device, indices, workers, crop)]
     return torch.cat(logits).float().cpu()
 
 
+def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torch.device, workers: int = 0,
+             crop: int | None = None) -> tuple[float, float]:
+    """Loss in nats and accuracy in percent on the images of `indices`, which the weights have not seen."""
+    logits, labels = predict(network, images, 256, device, indices, workers, crop), images.labels[indices]
+    return cross_entropy(logits, labels).item(), 100 * topk_accuracy(logits, labels)
+
+
 _load = lru_cache(maxsize=2)(load)  # all checkpoints of a run are tested on the same images
+
+
+def load_images(path: Path, about: dict, data: str | None, split: str) -> ImageSet:
+    """A split of the data set that the checkpoint at `path` describes; `data` is where it is now, if it was moved.
+
+    Raises InputError if it has other classes than the network knows.
+    """
+    root = data or about["root"]
+    images = _load(about["name"], root, split, about["image_size"], about["subset"])
+    if list(images.info.classes) != about["classes"]:
+        raise InputError(f"{root}: has the classes {', '.join(images.info.classes)}, but {path} was trained on "
+                         f"{', '.join(about['classes'])}; name the right folder with --data")
+    return images
 
 
 def scores_for(space: Space, path: Path, options: TestOptions, split: str = "test") -> Scores:
     """The scores of the checkpoint at `path` on a split, from the stored file if that is of this checkpoint.
 
     Computes and stores them otherwise. `split` is "test", or "valid": the part of the training images that its
-    weights have not seen. Raises InputError for a checkpoint that is damaged or of another space.
+    weights have not seen. Checkpoints of searches and of retraining are alike. Raises InputError for a checkpoint
+    that is damaged or of another space, and for "valid" if its weights have seen all training images.
     """
     suffix = "" if split == "test" else f".{split}"
     stored = path.parent.parent / "probabilities" / f"{path.stem}{suffix}.npz"
@@ -122,18 +146,17 @@ def scores_for(space: Space, path: Path, options: TestOptions, split: str = "tes
     checkpoint = checkpoints.load(path)
     network = checkpoints.restore(path, checkpoint, space.name, space.network)
     about = checkpoint["dataset"]
-    images = _load(about["name"], options.data or about["root"], "test" if split == "test" else "train",
-                   about["image_size"], about["subset"])
-    if list(images.info.classes) != about["classes"]:
-        raise InputError(f"{options.data or about['root']}: has the classes {', '.join(images.info.classes)}, but "
-                         f"{path} was searched on {', '.join(about['classes'])}; name the right folder with --data")
+    images = load_images(path, about, options.data, "test" if split == "test" else "train")
     indices, fingerprint = None, images.fingerprint
     if split == "valid":
         portions = [about["train_portion"], 1 - about["train_portion"]]
         indices = stratified_split(images.labels, portions, about["split_seed"])[1]
+        if len(indices) == 0:
+            raise InputError(f"{path}: its weights have seen all training images; train with --valid_portion above 0")
         fingerprint = hashlib.sha256(fingerprint.encode() + indices.numpy().tobytes()).hexdigest()
     scores = Scores(
-        logits=predict(network, images, options.batch_size, find_device(options.device), indices),
+        logits=predict(network, images, options.batch_size, find_device(options.device), indices, options.workers,
+                       about.get("crop")),
         labels=images.labels if indices is None else images.labels[indices], space=space.name,
         stage=checkpoint["stage"], epoch=checkpoint["epoch"], seed=checkpoint["seed"], split=split,
         checkpoint_sha256=digest, dataset=about["name"], fingerprint=fingerprint, classes=list(images.info.classes))
@@ -141,15 +164,15 @@ def scores_for(space: Space, path: Path, options: TestOptions, split: str = "tes
     return scores
 
 
-def test_all(space: Space, options: TestOptions, show: Callable[[str], None] = tqdm.write) -> list[dict]:
-    """Test every checkpoint of a search; one row for each: epoch, loss (nats), top1, top5 (percent).
+def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str], None] = tqdm.write) -> list[dict]:
+    """Test every checkpoint of a run; one row for each: epoch, loss (nats), top1, top5 (percent).
 
     Rows go to `show` as they come, and to test_all.csv in the run's folder.
     """
-    folder = space.search_folder(folder_name(options.save))
+    folder = run_folder(space, stage, options)
     rows = []
     # disable=None: a bar on a terminal, silence in a file
-    for epoch, path in tqdm(list_checkpoints(folder).items(), desc=space.name, unit="checkpoint", disable=None):
+    for epoch, path in tqdm(list_checkpoints(folder).items(), desc=folder.name, unit="checkpoint", disable=None):
         scores = scores_for(space, path, options)
         row = {"epoch": epoch, "loss": scores.loss(), "top1": scores.top(1), "top5": scores.top(5)}
         show(f"{space.name}  epoch {epoch:3d}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f} %  "
@@ -160,14 +183,34 @@ def test_all(space: Space, options: TestOptions, show: Callable[[str], None] = t
     writer.writeheader()
     writer.writerows(rows)
     write_text(folder / "test_all.csv", text.getvalue())
-    show(f"{len(rows)} checkpoints, {len(scores.labels)} test images of {scores.dataset}: {folder / 'test_all.csv'}")
+    show(f"{STAGES[stage]}: {len(rows)} checkpoints, {len(scores.labels)} test images of {scores.dataset}: "
+         f"{folder / 'test_all.csv'}")
+    if stage == "train":
+        best = scores_for(space, best_checkpoint(folder), options)
+        show(f"{space.name}  best on held-out images, of epoch {best.epoch}: loss {best.loss():.4f}, "
+             f"top-1 {best.top(1):.2f} %, top-5 {best.top(5):.2f} %")
     return rows
 
 
 test_all.__test__ = False  # a command, not a pytest test
 
 
+def run_folder(space: Space, stage: str, options: TestOptions) -> Path:
+    """The folder of the run that the options name, in a stage of STAGES."""
+    save = folder_name(options.save)
+    return space.train_folder(save) if stage == "train" else space.search_folder(save)
+
+
+def stages_there(space: Space, stage: str | None, options: TestOptions) -> list[str]:
+    """The stages to test: `stage`, or those of which the space has a run, or "search" if it has none."""
+    if stage is not None:
+        return [stage]
+    return [name for name in STAGES if run_folder(space, name, options).is_dir()] or ["search"]
+
+
 def main(folder: Path, network: type, description: str, argv: list[str] | None = None) -> None:
     """The command `python test_all.py` of the space in `folder`."""
-    (options,) = parse(description, [TestOptions], argv)
-    test_all(Space(folder.name, folder, network), options)
+    which, options = parse(description, [StageOptions, TestOptions], argv)
+    space = Space(folder.name, folder, network)
+    for stage in stages_there(space, which.stage, options):
+        test_all(space, stage, options)

@@ -86,9 +86,9 @@ class DerivedNetwork(nn.Module):
     """Cells with reductions at one and two thirds of the depth, classifier, auxiliary head.
 
     Subclasses add stems of `C_stem` channels that halve the image `stem_halvings` times.
-    `kind` is the subclass's key in NETWORKS, `arguments` are those of its constructor but the genotype. A training loop sets
-    `drop_path_prob`, in [0, 1); evaluation ignores it. Raises InputError for a genotype that cannot be built or
-    an `image_size` that is too small.
+    `kind` is a subclass's key in NETWORKS, `arguments` are those of its constructor but the genotype. A training
+    loop sets `drop_path_prob`, in [0, 1); evaluation ignores it. Raises InputError for a genotype that cannot be
+    built or an `image_size` that is too small.
     """
 
     kind: str

@@ -1,10 +1,11 @@
 """Run folders: one folder holds one run, is never overwritten, and goes on when the same command is started again.
 
-    search-EXP/
+    search-EXP/                                     of train_search.py; train-EXP/ is of train.py
         args.json  log.txt  metrics.jsonl           arguments, what was printed, one line of numbers an epoch
         checkpoints/epoch_000.pt ...  resume.pt     networks by epoch; all that the next epoch needs
-        genotypes/epoch_000.json ...  genotype.json  the cells by epoch, and the last
-        cells/                                      pictures of the last cells
+        checkpoints/best.pt                         train-EXP: the network that did best on the held-out images
+        genotypes/epoch_000.json ...  genotype.json  search-EXP: the cells by epoch, and the last
+        cells/                                      search-EXP: pictures of the last cells
         probabilities/epoch_000.npz ...  test_all.csv  written by test_all.py
 """
 import json
@@ -18,7 +19,7 @@ from conas.errors import InputError
 from conas.files import write_json, write_text
 
 # Where and how fast a run computes is free to change between two starts; what it computes is not.
-FREE = {"data", "device", "workers", "report_freq", "save"}
+FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq"}
 
 
 class Run:
@@ -58,8 +59,8 @@ def read_arguments(folder: Path) -> dict:
     try:
         arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
     except FileNotFoundError as error:
-        raise InputError(f"{folder}: no such run; start train_search.py there first, or name another with --save"
-                         ) from error
+        raise InputError(f"{folder}: no such run; start {_script(folder)} there first, or name another "
+                         "with --save") from error
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{path}: damaged; delete it, if you know that the run's arguments are the same") from error
     if not isinstance(arguments, dict):
@@ -80,13 +81,26 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
     found = {int(match[1]): path for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))
              if (match := re.fullmatch(r"epoch_(\d+)\.pt", path.name))}
     if not found:
-        raise InputError(f"{folder}: has no checkpoints; start train_search.py there first, or name another run "
+        raise InputError(f"{folder}: has no checkpoints; start {_script(folder)} there first, or name another run "
                          "with --save")
     return dict(sorted(found.items()))
 
 
-def folder_name(save: str) -> str:
-    """Check a --save value: it becomes part of a folder's name."""
+def best_checkpoint(folder: Path) -> Path:
+    """The network of a `train-` run that did best on its held-out images. Raises InputError if there is none."""
+    path = folder / "checkpoints" / "best.pt"
+    if not path.exists():
+        raise InputError(f"{path}: no such checkpoint; start {_script(folder)} there first, or name another run "
+                         "with --save")
+    return path
+
+
+def _script(folder: Path) -> str:
+    return "train.py" if folder.name.startswith("train-") else "train_search.py"
+
+
+def folder_name(save: str, flag: str = "--save") -> str:
+    """Check the value of a flag: it becomes part of a folder's name."""
     if not re.fullmatch(r"[\w.-]+", save):
-        raise InputError(f"--save {save}: use letters, digits, dots, dashes and underscores only")
+        raise InputError(f"{flag} {save}: use letters, digits, dots, dashes and underscores only")
     return save

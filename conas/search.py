@@ -1,34 +1,27 @@
 """Search a cell: DARTS' alternation of alpha steps and weight steps, from the first batch to the last checkpoint."""
-import math
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from tqdm import tqdm
 
 from conas import checkpoint as checkpoints
 from conas import genotype as genotypes
 from conas.architect import Batch, Bilevel
+from conas.board import Board
 from conas.cli import find_device, parse
 from conas.config import AlphaOptions, AugmentOptions, DataOptions, RunOptions, SupernetOptions, WeightOptions
-from conas.data import ImageSet, load
+from conas.data import load
 from conas.draw import draw_genotype
-from conas.errors import InputError
-from conas.evaluate import predict
+from conas.evaluate import validate
 from conas.files import write_json
+from conas.progress import Course, announce, cosine
 from conas.run import Run, folder_name
 from conas.spaces import Space
 from conas.streams import Stream, stratified_split
 
 GROUPS = (DataOptions, AugmentOptions, SupernetOptions, WeightOptions, AlphaOptions, RunOptions)
-
-
-def cosine(epoch: int, epochs: int, highest: float, lowest: float) -> float:
-    """The learning rate of an epoch: `highest` in epoch 0, falling to near `lowest` in the last."""
-    return lowest + (highest - lowest) * (1 + math.cos(math.pi * epoch / epochs)) / 2
 
 
 def weight_step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, grad_clip: float
@@ -70,6 +63,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "subset": data.subset,
              "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": augment.train_portion, "split_seed": augment.split_seed}
+    board = Board(run.folder) if options.tensorboard else None
     metrics = resume(run, space, network, optimizer, architect, about)
     start = len(metrics)
     if start == weights.epochs:
@@ -87,54 +81,26 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
         lr = cosine(epoch, weights.epochs, weights.learning_rate, weights.learning_rate_min)
         optimizer.param_groups[0]["lr"] = lr
         network.train()
-        loss_sum, hits = torch.zeros((), device=device), torch.zeros((), device=device)
-        seen, began = 0, time.perf_counter()
         title = f"{space.name} epoch {epoch} of {weights.epochs}"
-        bar = tqdm(range(train.steps), desc=title, leave=False, disable=None)
-        for step in bar:
+        course = Course(title, epoch, train.steps, options.report_freq, device)
+        for step in course:
             batch = next(train_batches)
             architect.step(batch, next(valid_batches), lr)
-            loss, right = weight_step(network, optimizer, batch, weights.grad_clip)
-            size = len(batch[1])
-            loss_sum, hits, seen = loss_sum + loss * size, hits + right, seen + size
-            if step % options.report_freq == 0 or step == train.steps - 1:  # the only looks at results on the device
-                mean_loss, accuracy = check_finite(loss_sum.item() / seen, epoch, step), 100 * hits.item() / seen
-                rate = seen / (time.perf_counter() - began)
-                bar.set_postfix_str(f"loss {mean_loss:.3f}, top-1 {accuracy:.1f} %, {rate:.0f} images/s")
+            course.add(*weight_step(network, optimizer, batch, weights.grad_clip), len(batch[1]))
             if epoch == start and step == 4:
-                announce(run, (time.perf_counter() - began) / 5 * train.steps * (weights.epochs - start))
+                announce(run, course.seconds / 5 * train.steps * (weights.epochs - start))
 
-        valid_loss, valid_accuracy = validate(network, images, halves[1], device)
-        metrics.append({"epoch": epoch, "learning_rate": lr, "train_loss": mean_loss, "train_top1": accuracy,
+        valid_loss, valid_accuracy = validate(network, images, halves[1], device, data.workers)
+        metrics.append({"epoch": epoch, "learning_rate": lr, "train_loss": course.loss, "train_top1": course.top1,
                         "valid_loss": valid_loss, "valid_top1": valid_accuracy})
-        run.log(f"epoch {epoch:3d}  rate {lr:.4f}  train {mean_loss:.4f} {accuracy:6.2f} %  "
-                f"valid {valid_loss:.4f} {valid_accuracy:6.2f} %  {rate:.0f} images/s")
+        run.log(f"epoch {epoch:3d}  rate {lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %  "
+                f"valid {valid_loss:.4f} {valid_accuracy:6.2f} %  {course.rate:.0f} images/s")
         checkpoint = checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about, arguments=arguments)
         keep(run, checkpoint, optimizer, architect, metrics)
+        if board is not None:
+            board.epoch(metrics[-1], network.alphas(), space.primitives, network.genotype())
     finish(run, network.genotype())
     return run.folder
-
-
-def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torch.device) -> tuple[float, float]:
-    """Loss in nats and accuracy in percent on the images that train the alphas."""
-    logits, labels = predict(network, images, 256, device, indices), images.labels[indices].cpu()
-    return cross_entropy(logits, labels).item(), 100 * (logits.argmax(dim=1) == labels).double().mean().item()
-
-
-def check_finite(loss: float, epoch: int, step: int) -> float:
-    """Return the loss. Raises InputError if it is NaN or infinite: the last epoch's checkpoint stays the last."""
-    if not math.isfinite(loss):
-        raise InputError(f"the training loss became {loss} in epoch {epoch} by step {step}; the checkpoints before it "
-                         "are intact. A lower --learning_rate or --grad_clip may help, under another --save name")
-    return loss
-
-
-def announce(run: Run, seconds: float) -> None:
-    """Say how long the search will take, if that is long."""
-    if seconds > 600:
-        text = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{seconds / 60:.0f} minutes"
-        run.log(f"at this speed the search takes about {text}; --dataset digits with few --epochs, --layers and "
-                "--init_channels is a matter of minutes")
 
 
 def keep(run: Run, checkpoint: dict, optimizer: torch.optim.Optimizer, architect: Bilevel, metrics: list[dict]) -> None:
@@ -152,13 +118,10 @@ def keep(run: Run, checkpoint: dict, optimizer: torch.optim.Optimizer, architect
 def resume(run: Run, space: Space, network: nn.Module, optimizer: torch.optim.Optimizer, architect: Bilevel,
            about: dict) -> list[dict]:
     """Put the state after the run's last epoch into the network and the optimizers. Returns the metrics so far."""
-    path = run.folder / "resume.pt"
-    if not path.exists():
+    checkpoint = checkpoints.load_resume(run.folder, about)
+    if checkpoint is None:
         return []
-    checkpoint = checkpoints.load(path)
-    if checkpoint["dataset"]["fingerprint"] != about["fingerprint"]:
-        raise InputError(f"{path}: the training images have changed since this run began; restore them, "
-                         "or give --save another name")
+    path = run.folder / "resume.pt"
     network.load_state_dict(checkpoints.restore(path, checkpoint, space.name, space.network).state_dict())
     optimizer.load_state_dict(checkpoint["optimizer"])
     architect.alpha_optimizer.load_state_dict(checkpoint["alpha_optimizer"])

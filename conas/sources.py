@@ -106,6 +106,16 @@ def _imagenette(root: Path, split: str) -> Source:
     return tuple(names[0] for names in data.classes), files, labels
 
 
+def _imagenet(root: Path, split: str) -> Source:
+    """The class folders of ILSVRC 2012, train/ and val/, in `root` or in its folder imagenet."""
+    base = root if (root / "train").is_dir() else root / "imagenet"
+    if not ((base / "train").is_dir() and (base / "val").is_dir()):
+        raise InputError(f"--data {root}: holds no class folders of ImageNet; unpack ILSVRC 2012 to "
+                         f"{root / 'imagenet'}/train/CLASS and {root / 'imagenet'}/val/CLASS, or use --dataset "
+                         "imagenette, which is small and downloaded")
+    return _two_folders(base, "train", "val", split)
+
+
 def _obtain(build: Callable[..., datasets.VisionDataset], root: Path, archives: list[str], page: str
             ) -> datasets.VisionDataset:
     """`build` a torchvision data set at `root`; if that fails, unpack `archives`, downloaded first if need be.
@@ -155,19 +165,24 @@ def _folder(root: Path, split: str) -> Source:
                          "reads a folder of class folders")
     train = "train" if (root / "train").is_dir() else ""
     test = next((name for name in ("test", "val") if train and (root / name).is_dir()), None)
-    classes, files, labels = _class_folders(root, train)
     if test:
-        test_classes, *test_part = _class_folders(root, test)
-        if odd := sorted(set(classes) ^ set(test_classes)):
-            raise InputError(f"--data {root}: {', '.join(odd)} not in both {train}/ and {test}/; they must hold the "
-                             "same class folders")
-        return (classes, *test_part) if split == "test" else (classes, files, labels)
+        return _two_folders(root, train, test, split)
+    classes, files, labels = _class_folders(root, train)
     few = [f"{classes[i]} ({n})" for i, n in enumerate(torch.bincount(labels).tolist()) if n < 5]
     if few:
         raise InputError(f"--data {root}: fewer than 5 images in {', '.join(few)}; a fifth of every class is set aside "
                          "for the test, so add images, or give train/ and test/ folders")
     chosen = stratified_split(labels, [0.8, 0.2], SPLIT_SEED)[split == "test"]
     return classes, files[chosen], labels[chosen]
+
+
+def _two_folders(root: Path, train: str, test: str, split: str) -> Source:
+    """The images of root/train or of root/test, which must hold the same class folders."""
+    parts = {"train": _class_folders(root, train), "test": _class_folders(root, test)}
+    if odd := sorted(set(parts["train"][0]) ^ set(parts["test"][0])):
+        raise InputError(f"--data {root}: {', '.join(odd[:9])} not in both {train}/ and {test}/; they must hold the "
+                         "same class folders")
+    return parts[split]
 
 
 def _class_folders(root: Path, part: str) -> tuple[tuple[str, ...], ImageFiles, Tensor]:
@@ -193,6 +208,7 @@ READERS: dict[str, Callable[[Path, str], Source]] = {
     "cifar100": partial(_cifar, datasets.CIFAR100),
     "svhn": _svhn,
     "fashionmnist": _fashionmnist,
+    "imagenet": _imagenet,
     "imagenette": _imagenette,
     "folder": _folder,
     "digits": _digits,

@@ -9,11 +9,14 @@ from conas.supernet import Supernet
 
 @dataclass(frozen=True)
 class Space:
-    """A folder with a `model_search.py`: its name, where it is, and its supernet class."""
+    """A folder with a `model_search.py`: its name, where it is, and its supernet class.
+
+    Derived networks are trained and tested without that class.
+    """
 
     name: str
     folder: Path
-    network: type[Supernet]
+    network: type[Supernet] | None = None
 
     @property
     def primitives(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
+from conas import photographs
 from conas.augment import crop_and_flip, cutout, draw, normalise
 from conas.data import ImageSet
 from conas.errors import InputError
@@ -18,13 +19,14 @@ class Stream:
 
     `indices` (n,) select the part and `name` tells its random numbers from those of other streams with the same
     `seed`. Every epoch shows each image once; its last batch may be short, unless `drop_last`. `workers` processes
-    decode images that are too many for memory; they change nothing in the batches. Raises InputError for an empty
-    part and for a batch larger than the part.
+    decode images that are too many for memory; they change nothing in the batches. Images are shifted and mirrored
+    as small images are; with a `crop`, they are cut to that many pixels and coloured as photographs are. Raises
+    InputError for an empty part and for a batch larger than the part.
     """
 
     def __init__(self, images: ImageSet, indices: Tensor, batch_size: int, *, name: str, seed: int,
-                 device: torch.device | str, augment: bool = True, cutout_length: int = 0, drop_last: bool = False,
-                 workers: int = 0):
+                 device: torch.device | str, augment: bool = True, cutout_length: int = 0, crop: int | None = None,
+                 drop_last: bool = False, workers: int = 0):
         if len(indices) == 0:
             raise InputError(f"--train_portion: leaves no images for the {name}; choose one further from 0 and 1")
         if batch_size > len(indices):
@@ -32,7 +34,7 @@ class Stream:
                              "choose a smaller batch")
         self.images, self.indices, self.batch_size = images, indices.cpu(), batch_size
         self.name, self.seed, self.device = name, seed, torch.device(device)
-        self.augment, self.cutout_length, self.workers = augment, cutout_length, workers
+        self.augment, self.cutout_length, self.crop, self.workers = augment, cutout_length, crop, workers
         self.steps = len(indices) // batch_size if drop_last else -(-len(indices) // batch_size)
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
@@ -44,13 +46,18 @@ class Stream:
         images = self.images.gather(self._index_batches(start), self.device, self.workers)
         for step, (x, y) in zip(count(start), images):
             if self.augment:
-                draws = draw(len(y), x.shape[-1], generator(self.seed, self.name, "augmentation", step))
+                draws = draw(len(y), self.crop or x.shape[-1], generator(self.seed, self.name, "augmentation", step))
                 draws = draws.to(self.device, non_blocking=True)
-                x = crop_and_flip(x, draws, self.images.info.flip)
+                x = self._photographs(x, step) if self.crop else crop_and_flip(x, draws, self.images.info.flip)
             x = normalise(x, mean, std)
             if self.augment and self.cutout_length:
                 x = cutout(x, draws, self.cutout_length)
             yield x, y
+
+    def _photographs(self, x: Tensor, step: int) -> Tensor:
+        numbers = generator(self.seed, self.name, "photographs", step)
+        draws = photographs.draw(len(x), x.shape[-1], self.images.info.flip, numbers).to(self.device)
+        return photographs.jitter(photographs.crop_and_resize(x, draws, self.crop), draws)
 
     def order(self, epoch: int) -> Tensor:
         """The part's indices (n,) as they are shown in `epoch`."""

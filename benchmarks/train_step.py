@@ -1,0 +1,216 @@
+"""The retraining loop against a textbook loop of the same network, and against the network's bare passes.
+
+    python -m benchmarks.train_step                           # small enough for a CPU
+    python -m benchmarks.train_step --device cuda --init_channels 36 --layers 20 --batch_size 96 --steps 100
+
+The textbook loop augments image by image in the workers of a DataLoader, has images in NCHW and plain modules, and
+computes in float32. Ours is train.py's. Bare passes are forward and backward of our network on one batch that lies on
+the device. All three train DARTS' cells with auxiliary head, Cutout and drop path on random images of 32x32 pixels;
+they take turns in one process, and each round gives one ratio. Prints medians with the quartiles, and writes
+benchmarks/results/train_step-DEVICE.json.
+"""
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from conas.cli import find_device
+from conas.config import RecipeOptions
+from conas.data import DATASETS, DataInfo, ImageSet
+from conas.depthwise import DepthwiseConv2d
+from conas.networks import NetworkCIFAR
+from conas.progress import Course
+from conas.published import GENOTYPES
+from conas.streams import Stream
+from conas.train import find_precision, train_step
+
+RESULTS = Path(__file__).resolve().parent / "results"
+AUXILIARY_WEIGHT, DROP_PATH, CUTOUT = 0.4, 0.2, 16
+RECIPE = RecipeOptions(learning_rate=0.025, weight_decay=3e-4, label_smooth=0.0)
+INFO: DataInfo = DATASETS["cifar10"]
+
+
+def build(options: argparse.Namespace, device: torch.device) -> NetworkCIFAR:
+    torch.manual_seed(0)
+    network = NetworkCIFAR(options.init_channels, 10, options.layers, True, GENOTYPES["DARTS"]).to(device).train()
+    network.drop_path_prob = DROP_PATH
+    return network
+
+
+def sgd(network: nn.Module, **settings) -> torch.optim.SGD:
+    return torch.optim.SGD(network.parameters(), lr=RECIPE.learning_rate, momentum=RECIPE.momentum,
+                           weight_decay=RECIPE.weight_decay, **settings)
+
+
+# the textbook
+
+def plain(module: nn.Module) -> nn.Module:
+    """The module with torch's own depthwise convolutions."""
+    for name, child in module.named_children():
+        if isinstance(child, DepthwiseConv2d):
+            conv = nn.Conv2d(child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding,
+                             child.dilation, child.groups, bias=False)
+            conv.weight = child.weight
+            setattr(module, name, conv)
+        else:
+            plain(child)
+    return module
+
+
+def cutout(image: torch.Tensor) -> torch.Tensor:
+    row, column = (np.random.randint(32) for _ in range(2))
+    image[:, max(row - CUTOUT // 2, 0):row + CUTOUT // 2, max(column - CUTOUT // 2, 0):column + CUTOUT // 2] = 0
+    return image
+
+
+class TextbookImages(Dataset):
+    def __init__(self, images: ImageSet):
+        self.pixels, self.labels = images.images.permute(0, 2, 3, 1).numpy(), images.labels.tolist()
+        self.transform = transforms.Compose([
+            transforms.ToPILImage(), transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip(),
+            transforms.ToTensor(), transforms.Normalize(INFO.mean, INFO.std), cutout])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, i: int) -> tuple[torch.Tensor, int]:
+        return self.transform(self.pixels[i]), self.labels[i]
+
+
+def textbook(options: argparse.Namespace, images: ImageSet, device: torch.device) -> Iterator[None]:
+    """One step for each next()."""
+    network = plain(build(options, device))
+    optimizer = sgd(network, foreach=False)
+    loader = DataLoader(TextbookImages(images), options.batch_size, shuffle=True, num_workers=options.workers,
+                        pin_memory=device.type == "cuda", drop_last=True, persistent_workers=options.workers > 0)
+    while True:
+        for x, y in loader:
+            x, y = x.to(device), y.to(device)
+            optimizer.zero_grad()
+            logits, auxiliary = network(x)
+            loss = cross_entropy(logits, y) + AUXILIARY_WEIGHT * cross_entropy(auxiliary, y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(network.parameters(), RECIPE.grad_clip)
+            optimizer.step()
+            loss.item(), (logits.argmax(1) == y).sum().item()  # for the averages that every textbook loop prints
+            yield
+
+
+# ours
+
+def ours(options: argparse.Namespace, images: ImageSet, device: torch.device, amp: bool) -> Iterator[None]:
+    """One step of train.py for each next()."""
+    network = build(options, device).to(memory_format=torch.channels_last)
+    forward = torch.compile(network) if options.compile else network
+    optimizer = sgd(network, fused=True)
+    stream = Stream(images, torch.arange(len(images)), options.batch_size, name="training", seed=0, device=device,
+                    cutout_length=CUTOUT, drop_last=True)
+    batches = stream.batches()
+    while True:
+        course = Course("", 0, stream.steps, 50, device)
+        for _ in course:
+            batch = next(batches)
+            course.add(*train_step(forward, optimizer, batch, RECIPE, AUXILIARY_WEIGHT, amp), len(batch[1]))
+            yield
+
+
+def bare(options: argparse.Namespace, images: ImageSet, device: torch.device, amp: bool) -> Iterator[None]:
+    """Forward and backward of our network for each next()."""
+    network = build(options, device).to(memory_format=torch.channels_last)
+    forward = torch.compile(network) if options.compile else network
+    x, y = next(images.batches(options.batch_size, device))
+    y = y.to(device)
+    while True:
+        network.zero_grad(set_to_none=True)
+        with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            logits, auxiliary = forward(x)
+            loss = cross_entropy(logits, y) + AUXILIARY_WEIGHT * cross_entropy(auxiliary, y)
+        loss.backward()
+        yield
+
+
+def seconds(loop: Iterator[None], steps: int, wait: Callable[[], None]) -> float:
+    """How long `steps` steps of a loop take."""
+    wait()
+    began = time.perf_counter()
+    for _ in range(steps):
+        next(loop)
+    wait()
+    return time.perf_counter() - began
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "quartiles": [low, high]}
+
+
+def processor() -> str:
+    """The name of the CPU, where the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("init_channels", 8), ("layers", 8), ("batch_size", 96), ("steps", 12), ("rounds", 9),
+                          ("workers", 2)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    device = find_device(options.device)
+    amp = find_precision(options.amp, device)
+    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+
+    rng = torch.Generator().manual_seed(0)
+    N = options.batch_size * max(options.steps, 20)  # an epoch of the textbook loader, which waits at its end
+    pixels = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8, generator=rng)
+    images = ImageSet(INFO, pixels, torch.randint(0, 10, (N,), generator=rng))
+    loops = {"ours": ours(options, images, device, amp), "textbook": textbook(options, images, device),
+             "bare": bare(options, images, device, amp)}
+    for loop in loops.values():
+        seconds(loop, 2, wait)  # start workers, choose kernels
+    taken = {name: [] for name in loops}
+    for turn in range(options.rounds):
+        for name in sorted(loops, reverse=turn % 2 == 1):
+            taken[name].append(seconds(loops[name], options.steps, wait))
+
+    size = options.batch_size * options.steps
+    result = {
+        "ours_over_textbook": spread([t / o for o, t in zip(taken["ours"], taken["textbook"])]),
+        "ours_over_bare": spread([b / o for o, b in zip(taken["ours"], taken["bare"])]),
+        "images_per_second": {name: spread([size / s for s in values]) for name, values in taken.items()},
+        "n": options.rounds, "options": vars(options), "bfloat16": amp,
+        "machine": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+                    "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+        "versions": {"python": platform.python_version(), "torch": torch.__version__,
+                     "cuda": torch.version.cuda if device.type == "cuda" else None},
+    }
+    for name, of in (("ours_over_textbook", "speed of ours over the textbook loop"),
+                     ("ours_over_bare", "speed of ours over bare passes")):
+        low, high = result[name]["quartiles"]
+        print(f"{of}: {result[name]['median']:.3f} (quartiles {low:.3f} to {high:.3f}, n = {options.rounds})")
+    for name, value in result["images_per_second"].items():
+        print(f"{name}: {value['median']:.1f} images per second")
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"train_step-{device.type}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()

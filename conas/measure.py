@@ -1,0 +1,130 @@
+"""Test one network: what it gets right, how large it is, how fast it is."""
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from conas import arch, photographs
+from conas import checkpoint as checkpoints
+from conas.cli import find_device, option, parse
+from conas.config import RECIPES, ROOT, ModelOptions, TestOptions
+from conas.data import DATASETS, ImageSet, load
+from conas.errors import InputError
+from conas.evaluate import load_images, predict, topk_accuracy
+from conas.networks import DerivedNetwork, count_parameters, flops
+from conas.published import GENOTYPES
+from conas.run import best_checkpoint, folder_name
+from conas.spaces import Space
+from conas.supernet import Supernet
+
+
+@dataclass
+class PublishedOptions:
+    """network in a file of DARTS' own code; the checkpoints of train.py describe theirs"""
+
+    arch: str = option("DARTS", "the cells: a published name, or a file NAME.json")
+    auxiliary: bool = option(False, "the network has an auxiliary head")
+    init_channels: int | None = option(None, "channels of the first cells (default: the paper's)", low=2, high=1024,
+                                       even=True)
+    layers: int | None = option(None, "number of cells (default: the paper's)", low=3, high=100)
+    dataset: str | None = option(None, "the images (default: the paper's)", choices=sorted(DATASETS))
+    image_size: int | None = option(None, "side of the network's input in pixels (default: the data set's own)", low=8,
+                                    high=1024)
+
+
+@dataclass(frozen=True)
+class Published:
+    """What a script expects of a published file: the recipe, the data set, and the paper's figures for both."""
+
+    recipe: str
+    dataset: str
+    figures: Mapping[str, float]  # by the names of `measure`
+
+
+def measure(network: nn.Module, images: ImageSet, options: TestOptions, crop: int | None = None) -> dict[str, float]:
+    """What a network does on a test split.
+
+    top1_error and top5_error in percent, loss in nats, parameters without an auxiliary head, multiply_adds for one
+    image, images_per_second with their preparation.
+    """
+    device = find_device(options.device)
+    some = torch.arange(min(options.batch_size, len(images)))
+    predict(network, images, options.batch_size, device, some, crop=crop)  # the first batch pays for what is done once
+    began = time.perf_counter()
+    logits = predict(network, images, options.batch_size, device, workers=options.workers, crop=crop)
+    seconds = time.perf_counter() - began
+    size = crop or images.info.image_size
+    return {"top1_error": 100 * (1 - topk_accuracy(logits, images.labels)),
+            "top5_error": 100 * (1 - topk_accuracy(logits, images.labels, 5)),
+            "loss": cross_entropy(logits.double(), images.labels).item(),
+            "parameters": count_parameters(network),
+            "multiply_adds": flops(network, (images.info.channels, size, size)),
+            "images_per_second": len(images) / seconds}
+
+
+def as_text(figures: Mapping[str, float], published: Mapping[str, float]) -> str:
+    """The figures of `measure`, one a line, each beside the published one, if there is one."""
+    lines = []
+    for name, text in (("top1_error", "top-1 {accuracy:6.2f} %   error {value:.2f} %"),
+                       ("top5_error", "top-5 {accuracy:6.2f} %   error {value:.2f} %"),
+                       ("loss", "loss {value:.4f}"), ("parameters", "parameters {millions:.2f} M"),
+                       ("multiply_adds", "multiply-adds {millions:.1f} M for an image"),
+                       ("images_per_second", "{value:.0f} images per second")):
+        line, beside = (text.format(value=v, accuracy=100 - v, millions=v / 1e6)
+                        for v in (figures[name], published.get(name, 0.0)))
+        lines.append(f"{line:40}published: {beside}" if name in published else line)
+    return "\n".join(lines)
+
+
+def open_published(path: str | Path, content: object, published: Published, options: PublishedOptions, data: str | None
+                   ) -> tuple[DerivedNetwork, ImageSet, int | None]:
+    """Network, test images and crop for a file of DARTS' code. Raises InputError if they do not fit together."""
+    state = checkpoints.published_state(path, content)
+    genotype = arch.find_genotype(options.arch, GENOTYPES)
+    dataset = options.dataset or published.dataset
+    size = options.image_size or DATASETS[dataset].image_size
+    crop = size if published.recipe == "imagenet" else None
+    images = load(dataset, data or ROOT / "data", "test", image_size=photographs.canvas(crop) if crop else size)
+    C, layers = (getattr(options, name) or RECIPES[published.recipe][name] for name in ("init_channels", "layers"))
+    classes = len(state.get("classifier.bias", ()))
+    if classes and classes != images.info.num_classes:
+        raise InputError(f"{path}: knows {classes} classes, but {dataset} has {images.info.num_classes}; give another "
+                         "--dataset, or another file")
+    network = arch.build(published.recipe, C, layers, options.auxiliary, images.info, size, genotype)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path}: its tensors do not fit --arch {options.arch} with {C} channels and {layers} cells, "
+                         f"{'with' if options.auxiliary else 'without'} an auxiliary head; change --arch, "
+                         "--init_channels, --layers or --auxiliary") from error
+    return network, images, crop
+
+
+def main(folder: Path, network_class: type[Supernet] | None, description: str, published: Published | None = None,
+         argv: list[str] | None = None) -> None:
+    """The command `python test.py` of `folder`; with `published`, it also takes files of DARTS' code."""
+    groups = [ModelOptions, TestOptions, *([PublishedOptions] if published else [])]
+    model, options, *published_options = parse(description, groups, argv)
+    space = Space(folder.name, folder, network_class)
+    path = Path(model.model_path or best_checkpoint(space.train_folder(folder_name(options.save))))
+    content, beside = checkpoints.read(path), {}
+    if published and not checkpoints.is_ours(content):
+        if model.export:
+            raise InputError(f"--export: {path} says nothing of its images and training, as checkpoints of train.py do")
+        network, images, crop = open_published(path, content, published, *published_options, options.data)
+        beside = published.figures
+        print(f"{path}: a published file")
+    else:
+        checkpoint = checkpoints.check(path, content)
+        network = checkpoints.restore(path, checkpoint, space.name, network_class)
+        images, crop = load_images(path, checkpoint["dataset"], options.data, "test"), checkpoint["dataset"].get("crop")
+        print(f"{path}: {space.name}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")
+    print(f"{images.info.name}: {len(images)} test images, {images.info.num_classes} classes")
+    print(as_text(measure(network, images, options, crop), beside))
+    if model.export:
+        checkpoints.export(model.export, checkpoint)
+        print(f"written: {model.export}")

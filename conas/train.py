@@ -1,0 +1,204 @@
+"""Train found cells from scratch: the derived network, from the first batch to the best checkpoint."""
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from conas import arch, photographs
+from conas import checkpoint as checkpoints
+from conas import genotype as genotypes
+from conas.cli import find_device, parse
+from conas.config import DataOptions, HeldOutOptions, NetworkOptions, RecipeOptions, TrainRunOptions
+from conas.data import load
+from conas.errors import InputError
+from conas.evaluate import validate
+from conas.genotype import Genotype
+from conas.networks import DerivedNetwork, count_parameters
+from conas.progress import Course, announce, cosine
+from conas.run import Run, best_checkpoint, folder_name
+from conas.spaces import Space
+from conas.splits import generator, stratified_split
+from conas.streams import Stream
+
+GROUPS = (DataOptions, NetworkOptions, RecipeOptions, HeldOutOptions, TrainRunOptions)
+
+
+def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype], data: DataOptions,
+          shape: NetworkOptions, recipe: RecipeOptions, held_out: HeldOutOptions, options: TrainRunOptions) -> Path:
+    """Run or continue one training and return its folder. `named` are the genotypes that --arch knows by name."""
+    device = find_device(options.device)
+    amp = find_precision(options.amp, device)
+    origin = arch.open_origin(shape.init_from) if shape.init_from else None
+    genotype, where = arch.choose_cells(space, primitives, named, shape, origin)
+    data, shape, recipe = arch.fill_in(data, shape, recipe, origin)
+    frequency = options.checkpoint_freq or max(1, round(recipe.epochs / 50))
+    groups = (data, shape, recipe, held_out, options)
+    arguments = {name: value for group in groups for name, value in asdict(group).items()}
+
+    crop = data.image_size if shape.recipe == "imagenet" else None
+    loaded_size = photographs.canvas(crop) if crop else data.image_size
+    images = load(data.dataset, data.data, "train", image_size=loaded_size, subset=data.subset)
+    parts = split(images.labels, held_out)
+    stream = Stream(images, parts[0], recipe.batch_size, name="training", seed=options.seed, device=device, crop=crop,
+                    cutout_length=recipe.cutout_length if recipe.cutout else 0, drop_last=True, workers=data.workers)
+
+    torch.manual_seed(options.seed)
+    network = arch.build(shape.recipe, shape.init_channels, shape.layers, shape.auxiliary, images.info,
+                         data.image_size, genotype)
+    begun = arch.begin_from(network, origin) if origin else "all weights initialised at random"
+    network.to(device, memory_format=torch.channels_last)
+    optimizer = torch.optim.SGD(network.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum,
+                                weight_decay=recipe.weight_decay, fused=True)
+
+    run = Run(space.train_folder(folder_name(options.save)), arguments)
+    about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "crop": crop,
+             "subset": data.subset, "classes": list(images.info.classes), "fingerprint": images.fingerprint,
+             "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed}
+    metrics = resume(run, network, optimizer, about)
+    start = len(metrics)
+    if is_finished(metrics, recipe.epochs, held_out.patience):
+        run.log(f"{run.folder}: this training is finished; --save NAME starts another")
+        return run.folder
+    run.log(f"{space.name}: the cells of {where}, {shape.layers} of them, {shape.init_channels} channels, "
+            f"{count_parameters(network):,} parameters; {'resumed' if start else begun}")
+    run.log(f"{data.dataset}: {len(parts[0])} images to train on, {len(parts[1])} held out, {images.info.num_classes} "
+            f"classes; epochs {start} to {recipe.epochs - 1} on {device}{' in bfloat16' if amp else ''}")
+
+    forward = compiled(network, device, run) if options.compile else network
+    batches = stream.batches(start * stream.steps)
+    for epoch in range(start, recipe.epochs):
+        optimizer.param_groups[0]["lr"] = lr = learning_rate(recipe, epoch)
+        network.drop_path_prob = recipe.drop_path_prob * epoch / recipe.epochs
+        # drop path draws from the global generator: with a seed for each epoch, a resumed run draws the same
+        torch.manual_seed(generator(options.seed, "drop path", epoch).initial_seed())
+        network.train()
+        title = f"{space.name} epoch {epoch} of {recipe.epochs}"
+        course = Course(title, epoch, stream.steps, options.report_freq, device)
+        for step in course:
+            batch = next(batches)
+            course.add(*train_step(forward, optimizer, batch, recipe, shape.auxiliary_weight, amp), len(batch[1]))
+            if epoch == start and step == 4 and not options.compile:  # compiling happens in the first step
+                announce(run, course.seconds / 5 * stream.steps * (recipe.epochs - start))
+
+        row = {"epoch": epoch, "learning_rate": lr, "drop_path_prob": network.drop_path_prob,
+               "train_loss": course.loss, "train_top1": course.top1, "valid_loss": None, "valid_top1": None}
+        text = f"epoch {epoch:3d}  rate {lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %"
+        if len(parts[1]):
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                row["valid_loss"], row["valid_top1"] = validate(network, images, parts[1], device, data.workers, crop)
+            text += f"  held out {row['valid_loss']:.4f} {row['valid_top1']:6.2f} %"
+        metrics.append(row)
+        run.log(f"{text}  {course.rate:.0f} images/s")
+        checkpoint = checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about, arguments=arguments,
+                                          primitives=primitives)
+        last = is_finished(metrics, recipe.epochs, held_out.patience)
+        keep(run, checkpoint, optimizer, metrics, last or (epoch + 1) % frequency == 0)
+        if last:
+            break
+    best = metrics[best_epoch(metrics)]
+    chosen = "the last" if best["valid_top1"] is None else f"{best['valid_top1']:.2f} % of the held-out images"
+    run.log(f"best network: epoch {best['epoch']}, {chosen}: {best_checkpoint(run.folder)}")
+    return run.folder
+
+
+def train_step(forward: Callable, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor],
+               recipe: RecipeOptions, auxiliary_weight: float, amp: bool) -> tuple[Tensor, Tensor]:
+    """One step of SGD. Returns the classifier's loss and its number of right answers, on the device."""
+    images, labels = batch
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        outputs = forward(images)
+        logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, None)
+        loss = total = cross_entropy(logits, labels, label_smoothing=recipe.label_smooth)
+        if auxiliary is not None:
+            total = loss + auxiliary_weight * cross_entropy(auxiliary, labels, label_smoothing=recipe.label_smooth)
+    optimizer.zero_grad(set_to_none=True)
+    total.backward()
+    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], recipe.grad_clip)
+    optimizer.step()
+    return loss.detach(), (logits.argmax(dim=1) == labels).sum()
+
+
+def learning_rate(recipe: RecipeOptions, epoch: int) -> float:
+    """Of an epoch: by steps with --gamma, else along a cosine to 0."""
+    if recipe.gamma is None:
+        return cosine(epoch, recipe.epochs, recipe.learning_rate, 0.0)
+    return recipe.learning_rate * recipe.gamma ** (epoch // recipe.decay_period)
+
+
+def split(labels: Tensor, held_out: HeldOutOptions) -> list[Tensor]:
+    """Indices of the images to train on and of those held out. Raises InputError if none are, against the flags."""
+    parts = stratified_split(labels, [1 - held_out.valid_portion, held_out.valid_portion], held_out.split_seed)
+    if held_out.valid_portion and not len(parts[1]):
+        raise InputError(f"--valid_portion {held_out.valid_portion}: is not one of {len(labels)} images; give more, or "
+                         "0")
+    if held_out.patience and not len(parts[1]):
+        raise InputError("--patience: needs held-out images to tell the better network; give a --valid_portion above 0")
+    return parts
+
+
+def find_precision(amp: str, device: torch.device) -> bool:
+    """Whether passes are in bfloat16. Raises InputError if they cannot be."""
+    able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if amp == "bf16" and not able:
+        raise InputError(f"--amp bf16: {device} has no bfloat16; use --amp auto or off")
+    return amp == "bf16" or (amp == "auto" and device.type == "cuda" and able)
+
+
+def compiled(network: nn.Module, device: torch.device, run: Run) -> Callable:
+    """The network for torch.compile, or as it is, with a line that says so, where there is no compiler."""
+    try:
+        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
+    except RuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        run.log(f"--compile: no compiler works here ({reason}); training goes on without one")
+        return network
+    return torch.compile(network)
+
+
+def best_epoch(metrics: list[dict]) -> int:
+    """The first epoch with the most right answers on the held-out images, by loss if several; else the last."""
+    if metrics[-1]["valid_top1"] is None:
+        return len(metrics) - 1
+    return max(range(len(metrics)), key=lambda i: (metrics[i]["valid_top1"], -metrics[i]["valid_loss"]))
+
+
+def is_finished(metrics: list[dict], epochs: int, patience: int | None) -> bool:
+    """Whether all epochs are done, or `patience` of them since the best."""
+    waited = len(metrics) - 1 - best_epoch(metrics) if metrics else 0
+    return len(metrics) >= epochs or (patience is not None and waited >= patience)
+
+
+def keep(run: Run, checkpoint: dict, optimizer: torch.optim.Optimizer, metrics: list[dict], lasting: bool) -> None:
+    """Write an epoch to disk. `resume.pt` comes last: what it does not know of is done again."""
+    if lasting:
+        checkpoints.save(run.path("checkpoints", checkpoint["epoch"], ".pt"), checkpoint)
+    if best_epoch(metrics) == checkpoint["epoch"]:
+        checkpoints.save(run.folder / "checkpoints" / "best.pt", checkpoint)
+    checkpoints.save(run.folder / "resume.pt", checkpoint | {"optimizer": optimizer.state_dict(), "metrics": metrics})
+    run.write_metrics(metrics)
+
+
+def resume(run: Run, network: DerivedNetwork, optimizer: torch.optim.Optimizer, about: dict) -> list[dict]:
+    """Put the state after the run's last epoch into network and optimizer. Returns the metrics so far."""
+    checkpoint = checkpoints.load_resume(run.folder, about)
+    if checkpoint is None:
+        return []
+    path = run.folder / "resume.pt"
+    if checkpoint["genotype"] != genotypes.to_json(network.genotype()):
+        raise InputError(f"{path}: this run began with other cells than those it would train now; restore them, or "
+                         "give --save another name")
+    network.load_state_dict(checkpoints.restore_derived(path, checkpoint).state_dict())
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    run.write_metrics(checkpoint["metrics"])
+    return checkpoint["metrics"]
+
+
+def main(folder: Path, module, description: str, default: str | None = None, argv: list[str] | None = None) -> None:
+    """The command `python train.py` of `folder`, whose `genotypes.py` is `module`; `default` replaces its search."""
+    data, shape, *rest = parse(description, GROUPS, argv)
+    if shape.arch is None and not shape.init_from:
+        shape = replace(shape, arch=default)
+    train(Space(folder.name, folder), tuple(module.PRIMITIVES), arch.named_genotypes(module), data, shape, *rest)
