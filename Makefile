@@ -1,9 +1,11 @@
 # `make demo` and `make test` need python3, make and a package index; everything else they set up themselves.
 PYTHON ?= python3
 BIN := .venv/bin
-SMALL := --dataset digits --init_channels 8 --layers 3 --epochs 8 --batch_size 32 --save demo
+SMALL := --dataset digits --init_channels 8 --layers 3 --epochs 6 --batch_size 32 --save demo
 RETRAIN := --search demo --dataset digits --init_channels 16 --layers 3 --epochs 40 --batch_size 32 --auxiliary --save demo
 SPACES := cnn_space1 cnn_space2 cnn_space3
+# The networks of the demo and of the tests are so small that threads would mostly wait for each other.
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo demo-train test lint clean
 .DELETE_ON_ERROR:

@@ -6,13 +6,14 @@
     python test_ensemble.py --combination greedy              # the best of all epochs, chosen on held-out images
     python test_ensemble.py --members 'cnn_space*/train-*/checkpoints/best.pt' --combination weighted
 
-Prints a table, and writes it and its pictures to the folder committee-NAME. All that is fitted is fitted on the
-held-out part of the training images; docs/committee.md explains the rules and the figures.
+Prints a table, and writes it and its pictures to the folder committee-NAME, or committee-NAME-train for retrained
+networks. All that is fitted is fitted on the held-out part of the training images; docs/committee.md explains the
+rules and the figures.
 """
 import glob
 import sys
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from tqdm import tqdm
@@ -33,6 +34,7 @@ from ensemble.shift import measure_shift
 from ensemble.significance import compare
 
 ROOT = Path(__file__).resolve().parent
+STAGES = {"search": "supernets, as the searches left them", "train": "retrained networks"}
 Pool = dict[str, tuple[Space, Path]]  # checkpoints by the name that reports give them
 
 
@@ -43,7 +45,8 @@ class CommitteeOptions:
     spaces: tuple[str, ...] | None = option(None, "members by folder name (default: every space that has such a run)")
     members: tuple[str, ...] | None = option(
         None, "members by checkpoint instead of --save's runs: files or quoted patterns, of any space, run and epoch")
-    stage: str = option("search", "supernets of the searches, or retrained networks", choices=["search", "train"])
+    stage: str | None = option(None, "supernets of the searches, or retrained networks (default: what is there, the "
+                               "retrained first)", choices=list(STAGES))
     combination: str = option("mean_softmax", "how the members' logits become one answer; weighted, greedy and beam "
                               "are fitted on held-out images, the last two over all epochs", choices=list(RULES))
     size: int = option(10, "most members that greedy and beam choose, repeats counted", low=1, high=1000)
@@ -59,7 +62,18 @@ class CommitteeOptions:
 
 def main() -> None:
     ours, options = cli.parse(__doc__, [CommitteeOptions, TestOptions])
-    spaces, folder = choose(discover(ROOT), ours.spaces), ROOT / f"committee-{folder_name(options.save)}"
+    spaces, save = choose(discover(ROOT), ours.spaces), folder_name(options.save)
+    retrained = [space for space in spaces if (space.train_folder(save) / "checkpoints").is_dir()]
+    stages = [ours.stage] if ours.stage else ["search"] if ours.members or len(retrained) < 2 else ["train", "search"]
+    for stage in stages:
+        if len(stages) > 1:
+            print(f"{'' if stage == stages[0] else chr(10)}{STAGES[stage]}\n")
+        one_committee(replace(ours, stage=stage), options, spaces)
+
+
+def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Space]) -> None:
+    """Combine, compare, print and write one committee of the stage `ours.stage`."""
+    folder = ROOT / f"committee-{options.save}{'-train' if ours.stage == 'train' else ''}"
     epochs, left_out = [], {}
     if ours.members:
         pool = find_members(ours.members, spaces, "--members")

@@ -130,7 +130,8 @@ def learning_rate(recipe: RecipeOptions, epoch: int) -> float:
 
 def split(labels: Tensor, held_out: HeldOutOptions) -> list[Tensor]:
     """Indices of the images to train on and of those held out. Raises InputError if none are, against the flags."""
-    parts = stratified_split(labels, [1 - held_out.valid_portion, held_out.valid_portion], held_out.split_seed)
+    train_portion = 1 - held_out.valid_portion
+    parts = stratified_split(labels, [train_portion, 1 - train_portion], held_out.split_seed)  # as for a checkpoint
     if held_out.valid_portion and not len(parts[1]):
         raise InputError(f"--valid_portion {held_out.valid_portion}: is not one of {len(labels)} images; give more, or "
                          "0")

@@ -12,8 +12,9 @@ def fit_temperatures(logits: Tensor, labels: Tensor) -> Tensor:
 
     Log-probabilities do as well as logits. The NLL is convex in 1/T, so bisection on its derivative
     d NLL / d(1/T) = mean_n (sum_k p_nk z_nk - z_(n, y_n)) finds the minimum, here to eight digits; it ends at a bound
-    of RANGE where there is none, as for members that are always right. Fit on images whose labels trained neither
-    network nor weights. Guo et al., 2017, section 4.2.
+    of RANGE where there is none. A member that is right on every image keeps T = 1: its NLL would fall for ever as T
+    goes to 0, and one wrong answer on another image would cost more than all that. Fit on images whose labels trained
+    neither network nor weights. Guo et al., 2017, section 4.2.
     """
     z = logits.double()
     own = z.gather(2, labels.expand(len(z), -1)[..., None])[..., 0].mean(dim=1)
@@ -23,7 +24,8 @@ def fit_temperatures(logits: Tensor, labels: Tensor) -> Tensor:
         p = softmax(z / middle.exp()[:, None, None])
         too_cold = (p * z).sum(dim=2).mean(dim=1) > own  # still surer than right: a higher T lowers the NLL
         low, high = torch.where(too_cold, middle, low), torch.where(too_cold, high, middle)
-    return ((low + high) / 2).exp()
+    faultless = (z.argmax(dim=2) == labels).all(dim=1)
+    return torch.where(faultless, 1.0, ((low + high) / 2).exp())
 
 
 def fit_temperature(probabilities: Tensor, labels: Tensor) -> float:
