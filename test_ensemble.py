@@ -20,10 +20,10 @@ from tqdm import tqdm
 
 from conas import cli
 from conas.cli import option
-from conas.config import TestOptions
+from conas.config import STAGES, TestOptions
 from conas.errors import InputError
-from conas.evaluate import Scores, scores_for
-from conas.run import folder_name, list_checkpoints
+from conas.evaluate import Scores, run_folder, scores_for
+from conas.run import list_checkpoints
 from conas.spaces import Space, discover
 from ensemble import html, pictures, report
 from ensemble.committee import Committee, common_epochs
@@ -34,7 +34,6 @@ from ensemble.shift import measure_shift
 from ensemble.significance import compare
 
 ROOT = Path(__file__).resolve().parent
-STAGES = {"search": "supernets, as the searches left them", "train": "retrained networks"}
 Pool = dict[str, tuple[Space, Path]]  # checkpoints by the name that reports give them
 
 
@@ -62,8 +61,8 @@ class CommitteeOptions:
 
 def main() -> None:
     ours, options = cli.parse(__doc__, [CommitteeOptions, TestOptions])
-    spaces, save = choose(discover(ROOT), ours.spaces), folder_name(options.save)
-    retrained = [space for space in spaces if (space.train_folder(save) / "checkpoints").is_dir()]
+    spaces = choose(discover(ROOT), ours.spaces)
+    retrained = [space for space in spaces if (run_folder(space, "train", options) / "checkpoints").is_dir()]
     stages = [ours.stage] if ours.stage else ["search"] if ours.members or len(retrained) < 2 else ["train", "search"]
     for stage in stages:
         if len(stages) > 1:
@@ -78,11 +77,11 @@ def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Spa
     if ours.members:
         pool = find_members(ours.members, spaces, "--members")
     elif ours.combination in FITTED[1:]:
-        runs = find_runs(spaces, options.save, ours.stage)
+        runs = find_runs(spaces, options, ours.stage)
         pool = {f"{space.name} {epoch:03d}": (space, path)
                 for space, run in runs.items() for epoch, path in run.items()}
     else:
-        runs = find_runs(spaces, options.save, ours.stage)
+        runs = find_runs(spaces, options, ours.stage)
         common, left_out = common_epochs({space.name: run for space, run in runs.items()})
         *earlier, pool = ({space.name: (space, run[epoch]) for space, run in runs.items()} for epoch in common)
         if ours.combination not in FITTED and not ours.temperatures:
@@ -183,15 +182,15 @@ def choose(spaces: list[Space], names: tuple[str, ...] | None) -> list[Space]:
     return [space for space in spaces if not names or space.name in names]
 
 
-def find_runs(spaces: list[Space], save: str, stage: str) -> dict[Space, dict[int, Path]]:
+def find_runs(spaces: list[Space], options: TestOptions, stage: str) -> dict[Space, dict[int, Path]]:
     """The checkpoints by epoch of each space that has a run; says which have none. Raises InputError below two."""
     runs, without = {}, []
     for space in spaces:
         try:
-            runs[space] = list_checkpoints(space.folder / f"{stage}-{save}")
+            runs[space] = list_checkpoints(run_folder(space, stage, options))
         except InputError:
             without.append(space)
-    script = "train_search.py" if stage == "search" else "train.py"
+    save, script = options.save, "train_search.py" if stage == "search" else "train.py"
     flag = "" if save == "EXP" else f" --save {save}"
     if len(runs) < 2:
         found = f"only {next(iter(runs)).name} has" if runs else "none of the chosen spaces has"

@@ -13,6 +13,12 @@ def padding(image_size: int) -> int:
     return min(4, (image_size + 4) // 8)
 
 
+def central(x: Tensor, crop: int | None) -> Tensor:
+    """The central square of `crop` pixels of images (N, C, H, H), or the images as they are."""
+    margin = 0 if crop is None else (x.shape[-1] - crop) // 2
+    return x if crop is None else x[:, :, margin:margin + crop, margin:margin + crop]
+
+
 def draw(count: int, image_size: int, generator: torch.Generator) -> Tensor:
     """Draws for `count` images: int64 (count, 5), the columns top and left of the crop in the padded image, flip,
     and row and column of the centre of Cutout's square.

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
-from conas.augment import normalise
+from conas.augment import central, normalise
 from conas.errors import InputError
 from conas.sources import READERS, SPLIT_SEED, ImageFiles
 from conas.splits import stratified_split
@@ -103,10 +103,8 @@ class ImageSet:
         """
         indices = torch.arange(len(self)) if indices is None else indices.cpu()
         mean, std = self.info.moments(device)
-        margin = 0 if crop is None else (self.info.image_size - crop) // 2
-        inside = slice(margin, None if crop is None else margin + crop)
         for x, y in self.gather(indices.split(batch_size), device, workers):
-            yield normalise(x[:, :, inside, inside], mean, std), y
+            yield normalise(central(x, crop), mean, std), y
 
     def gather(self, indices: Iterable[Tensor], device: torch.device | str, workers: int = 0
                ) -> Iterator[tuple[Tensor, Tensor]]:

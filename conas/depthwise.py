@@ -40,7 +40,8 @@ def convolve(x: Tensor, weights: Sequence[Tensor], stride: int = 1, dilation: in
     Each weight (G*C, 1, k, k) serves G groups. x (S, N, H, W, C) holds the inputs of all groups of all weights if S is
     their number; else S states, each read by G/S groups of every weight.
     Returns z (all groups, N, ceil(H/stride), ceil(W/stride), C) and, if `centred`, its mean (all groups, 1, C), which
-    is then subtracted from z. For use ahead of BatchNorm only: the gradient is right if that of z has mean zero.
+    is then subtracted from z. `centred` is for use ahead of BatchNorm only: the gradient is right if that of z has mean
+    zero.
     """
     return _Convolve.apply(x, stride, dilation, centred, *weights)
 

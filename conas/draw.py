@@ -79,11 +79,15 @@ class Picture:
 
     def save(self, path: str | Path, title: str, description: str) -> Path:
         """Write as the suffix says, atomically, without dates or versions."""
-        unstable = ("Date", "Creator") if picture_format(path) == "svg" else ("Software",)
-        with atomic_path(path) as temporary:
-            self.figure.savefig(temporary, format=picture_format(path), dpi=200,
-                                metadata={"Title": title, "Description": description, **dict.fromkeys(unstable)})
-        return Path(path)
+        return save_figure(self.figure, path, 200, {"Title": title, "Description": description})
+
+
+def save_figure(figure, path: str | Path, dpi: int, metadata: dict[str, str]) -> Path:
+    """Write a figure as the suffix says, atomically, without dates or versions: equal figures are equal files."""
+    unstable = ("Date", "Creator") if picture_format(path) == "svg" else ("Software",)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format=picture_format(path), dpi=dpi, metadata=metadata | dict.fromkeys(unstable))
+    return Path(path)
 
 
 def picture_format(path: str | Path) -> str:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conas import checkpoint as checkpoints
-from conas.augment import normalise
+from conas.augment import central, normalise
 from conas.data import DATASETS
 from conas.errors import InputError
 from conas.spaces import discover
@@ -54,7 +54,7 @@ class CommitteeNetwork(nn.Module):
     def logits(self, images: Tensor) -> Tensor:
         """(M, B, C) float32: every member's logits."""
         x = normalise(images, self.pixel_mean, self.pixel_std)
-        return torch.stack([network(_central(x, crop)) for network, crop in zip(self.networks, self.crops)])
+        return torch.stack([network(central(x, crop)) for network, crop in zip(self.networks, self.crops)])
 
     def scaled(self, logits_MBC: Tensor) -> Tensor:
         """The logits as they are combined: divided by the members' temperatures."""
@@ -66,11 +66,6 @@ class CommitteeNetwork(nn.Module):
         scaled_MBC = self.scaled(logits_MBC)
         combined = rule(scaled_MBC) if rule else weighted_mean(scaled_MBC, self.weights)
         return apply_temperature(combined, self.temperature)
-
-
-def _central(x: Tensor, crop: int | None) -> Tensor:
-    margin = 0 if crop is None else (x.shape[-1] - crop) // 2
-    return x if crop is None else x[:, :, margin:margin + crop, margin:margin + crop]
 
 
 def load_committee(root: Path, save: str) -> CommitteeNetwork:

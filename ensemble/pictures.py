@@ -5,8 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from conas.draw import INK, defaults
-from conas.files import atomic_path
+from conas.draw import INK, defaults, save_figure
 
 MUTED, RULE, PAPER = "#52606d", "#e4e9ef", "#ffffff"
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"  # Okabe and Ito, 2008
@@ -95,10 +94,5 @@ def _short(name: str, longest: int = 24) -> str:
 
 
 def _save(figure, stem: Path, title: str) -> list[Path]:
-    """Write as PNG and SVG, without dates and versions."""
-    paths = [stem.with_suffix(suffix) for suffix in (".png", ".svg")]
-    for path in paths:
-        unstable = {"Date": None, "Creator": None} if path.suffix == ".svg" else {"Software": None}
-        with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=160, metadata={"Title": title, **unstable})
-    return paths
+    """Write as PNG and SVG."""
+    return [save_figure(figure, stem.with_suffix(suffix), 160, {"Title": title}) for suffix in (".png", ".svg")]
