@@ -5,6 +5,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+TEMPORARY = ".*.tmp*"  # matches the names of temporary files
+
 
 @contextmanager
 def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:

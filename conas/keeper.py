@@ -57,7 +57,7 @@ class Keeper:
     def load(self, about: dict) -> dict | None:
         """The last whole state of the run, or None before the first; `about` describes the images now.
 
-        Puts the random generators where they were. Raises InputError if neither generation can be read, or if the
+        Raises InputError if neither generation can be read, or if the
         training images are not those of the run's earlier steps.
         """
         state = self._read()
@@ -66,7 +66,6 @@ class Keeper:
         if state["dataset"]["fingerprint"] != about["fingerprint"]:
             raise InputError(f"{self.path}: the training images have changed since this run began; restore them, "
                              "or give --save another name")
-        _set_generators(state["random"])
         return state
 
     def _read(self) -> dict | None:
@@ -142,7 +141,15 @@ def _generators() -> dict:
     return states
 
 
-def _set_generators(states: dict) -> None:
+def seed_generators(seed: int) -> None:
+    """Seed those of torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def set_generators(states: dict) -> None:
+    """Put all random generators where they were when a state's `random` was written."""
     torch.set_rng_state(states["torch"])
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words.tolist()), gauss))

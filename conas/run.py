@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import conas
 from conas.errors import InputError
-from conas.files import write_json, write_text
+from conas.files import TEMPORARY, write_json, write_text
 
 # Where and how fast a run computes is free to change between two starts; what it computes is not.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
@@ -63,6 +63,8 @@ class Run:
             raise InputError(f"{folder}: is not empty and holds no run; give --save another name, or move it away")
         else:
             write_json(path, {"version": conas.__version__, "arguments": arguments})
+        for unfinished in folder.rglob(TEMPORARY):  # of a process that was killed while it wrote
+            unfinished.unlink()
 
     def log(self, text: str) -> None:
         """Print a line, above a progress bar if there is one, and keep it in log.txt."""

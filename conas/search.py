@@ -24,7 +24,7 @@ from conas.data import load
 from conas.draw import draw_genotype
 from conas.evaluate import validate
 from conas.files import write_json
-from conas.keeper import Keeper
+from conas.keeper import Keeper, seed_generators, set_generators
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, folder_name
 from conas.spaces import Space
@@ -64,7 +64,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
         Stream(images, half, weights.batch_size, name=name, seed=options.seed, device=device, cutout_length=cutout,
                drop_last=name == "alphas", workers=data.workers) for name, half in zip(("weights", "alphas"), halves))
 
-    torch.manual_seed(options.seed)
+    seed_generators(options.seed)
     network = space.network(supernet.init_channels, images.info.num_classes, supernet.layers, images.info.channels)
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.weights().values(), lr=weights.learning_rate, momentum=weights.momentum,
@@ -155,6 +155,7 @@ def resume(keeper: Keeper, space: Space, network: nn.Module, optimizer: torch.op
     optimizer.load_state_dict(state["optimizer"])
     architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
     keeper.run.write_metrics(state["metrics"])
+    set_generators(state["random"])  # at last: building networks draws from them
     return state["metrics"], state["course"]
 
 

@@ -16,7 +16,7 @@ from conas.data import load
 from conas.errors import InputError
 from conas.evaluate import validate
 from conas.genotype import Genotype
-from conas.keeper import Keeper
+from conas.keeper import Keeper, seed_generators, set_generators
 from conas.networks import DerivedNetwork, count_parameters
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, best_checkpoint, folder_name
@@ -47,7 +47,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     stream = Stream(images, parts[0], recipe.batch_size, name="training", seed=options.seed, device=device, crop=crop,
                     cutout_length=recipe.cutout_length if recipe.cutout else 0, drop_last=True, workers=data.workers)
 
-    torch.manual_seed(options.seed)
+    seed_generators(options.seed)
     network = arch.build(shape.recipe, shape.init_channels, shape.layers, shape.auxiliary, images.info,
                          data.image_size, genotype)
     origin_of_weights = arch.begin_from(network, origin) if origin else "all weights initialised at random"
@@ -215,6 +215,7 @@ def resume(keeper: Keeper, network: DerivedNetwork, optimizer: torch.optim.Optim
     network.load_state_dict(checkpoints.restore_derived(keeper.path, state).state_dict())
     optimizer.load_state_dict(state["optimizer"])
     keeper.run.write_metrics(state["metrics"])
+    set_generators(state["random"])  # at last: building networks draws from them
     return state["metrics"], state["course"]
 
 
