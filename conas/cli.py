@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import io
 import sys
 import types
 import typing
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from conas.errors import InputError
+from conas.errors import InputError, one_line
 
 
 def option(default, help: str, *, low=None, high=None, choices: Sequence[str] | None = None, even: bool = False):
@@ -72,6 +73,8 @@ def _check_range(field: dataclasses.Field, value) -> None:
         # `not >=` rather than `<`, so that NaN is refused
         if low is not None and not value >= low:
             raise InputError(f"--{field.name} {value}: must be at least {low}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise InputError(f"--{field.name} {value}: must have at most 18 digits")
         if high is not None and not value <= high:
             raise InputError(f"--{field.name} {value}: must be at most {high}")
         if field.metadata["even"] and value % 2:
@@ -80,6 +83,8 @@ def _check_range(field: dataclasses.Field, value) -> None:
 
 def run(main: Callable[[], None]) -> int:
     """Call `main` and return the exit code: 0, 2 for the user's errors (one line on stderr), 130 after Ctrl-C."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         main()
     except InputError as error:
@@ -91,6 +96,9 @@ def run(main: Callable[[], None]) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
+                           errno.EIO) and error.filename:
+            return _complain(f"{error.filename}: {error.strerror}; name another file or folder")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         return _complain(f"{error.filename or 'output'}: {error.strerror}; nothing earlier was changed. "
@@ -99,7 +107,7 @@ def run(main: Callable[[], None]) -> int:
 
 
 def _complain(error) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
 
 

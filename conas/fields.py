@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from conas.data import DATASETS
 from conas.errors import InputError
 
 SIDE = 4096     # pixels of an image
@@ -33,8 +34,9 @@ def _is_texts(value: object) -> bool:
     return isinstance(value, list) and len(value) > 0 and all(map(_is_text, value))
 
 
-IMAGES = {"name": _is_text, "root": _is_text, "image_size": _between(1, SIDE, int),
-          "subset": _optional(_between(1, 2**62, int)), "classes": _is_texts, "fingerprint": _is_text}
+IMAGES = {"name": lambda value: _is_text(value) and value in DATASETS, "root": _is_text,
+          "image_size": _between(1, SIDE, int), "subset": _optional(_between(1, 2**62, int)), "classes": _is_texts,
+          "fingerprint": _is_text}
 MORE = {"crop": _optional(_between(1, SIDE, int)), "train_portion": _between(0, 1, int, float),
         "split_seed": _between(0, 2**31 - 1, int), "skip_bad_images": lambda value: type(value) is bool}
 NETWORK = {"C": _between(1, NUMBER, int), "num_classes": _between(1, NUMBER, int), "layers": _between(1, LAYERS, int),
@@ -56,6 +58,9 @@ def check(path: str | Path, checkpoint: dict) -> dict:
     if network.get("num_classes") != len(about["classes"]):
         raise InputError(f"{path}: its network knows {network.get('num_classes')} classes, but its images have "
                          f"{len(about['classes'])}; copy a good one here")
+    channels = DATASETS[about["name"]].channels
+    if network.get("in_channels", 3) != channels or (about.get("crop") or 0) > about["image_size"]:
+        raise InputError(f"{path}: its network takes other images than those of {about['name']}; copy a good one here")
     if not is_state(checkpoint["state"]):
         raise InputError(f"{path}: its field 'state' holds more than tensors by name; copy a good one here")
     return checkpoint

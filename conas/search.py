@@ -44,7 +44,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     device = find_device(options.device)
     groups = (data, augment, supernet, weights, alphas, options)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
-    images = load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset)
+    images = load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset,
+                  skip_bad_images=data.skip_bad_images)
     halves = stratified_split(images.labels, [augment.train_portion, 1 - augment.train_portion], augment.split_seed)
     cutout = augment.cutout_length if augment.cutout else 0
     train, valid = (
@@ -62,7 +63,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     run = Run(space.search_folder(folder_name(options.save)), arguments)
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "subset": data.subset,
              "classes": list(images.info.classes), "fingerprint": images.fingerprint,
-             "train_portion": augment.train_portion, "split_seed": augment.split_seed}
+             "train_portion": augment.train_portion, "split_seed": augment.split_seed,
+             "skip_bad_images": data.skip_bad_images}
     board = Board(run.folder) if options.tensorboard else None
     metrics = resume(run, space, network, optimizer, architect, about)
     start = len(metrics)

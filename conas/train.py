@@ -40,7 +40,8 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
 
     crop = data.image_size if shape.recipe == "imagenet" else None
     loaded_size = photographs.canvas(crop) if crop else data.image_size
-    images = load(data.dataset, data.data, "train", image_size=loaded_size, subset=data.subset)
+    images = load(data.dataset, data.data, "train", image_size=loaded_size, subset=data.subset,
+                  skip_bad_images=data.skip_bad_images)
     parts = split(images.labels, held_out)
     stream = Stream(images, parts[0], recipe.batch_size, name="training", seed=options.seed, device=device, crop=crop,
                     cutout_length=recipe.cutout_length if recipe.cutout else 0, drop_last=True, workers=data.workers)
@@ -56,7 +57,8 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     run = Run(space.train_folder(folder_name(options.save)), arguments)
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "crop": crop,
              "subset": data.subset, "classes": list(images.info.classes), "fingerprint": images.fingerprint,
-             "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed}
+             "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed,
+             "skip_bad_images": data.skip_bad_images}
     metrics = resume(run, network, optimizer, about)
     start = len(metrics)
     if is_finished(metrics, recipe.epochs, held_out.patience):

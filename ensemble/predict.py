@@ -23,8 +23,8 @@ from torch import Tensor
 from conas.cli import Parser, find_device, run
 from conas.errors import InputError
 from conas.files import write_json, write_text
+from conas.imagefiles import ImageFiles, formats
 from conas.run import folder_name
-from conas.sources import ImageFiles
 from ensemble.diversity import entropy, uncertainty
 from ensemble.network import CommitteeNetwork, load_committee
 
@@ -32,11 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """The files among `paths`, and in the folders among them, at any depth, those whose suffix some image format has.
+    """The files among `paths`, and in the folders among them, at any depth, those whose suffix belongs to an image.
 
     Raises InputError for a folder without images.
     """
-    suffixes, found = set(Image.registered_extensions()), []
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats()}
+    found = []
     for path in map(Path, paths):
         if not path.is_dir():
             found.append(str(path))

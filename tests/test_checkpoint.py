@@ -52,7 +52,7 @@ def test_round_trip_from_the_file_alone(tmp_path):
 @pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3"])
 def test_every_space_loads_from_the_root(tmp_path, space):
     network_class = import_module(f"{space}.model_search").Network
-    path = written(tmp_path / "a.pt", network_class(C=2, layers=3), space)
+    path = written(tmp_path / "a.pt", network_class(C=2, layers=3, in_channels=1), space)
     network = checkpoints.restore(path, checkpoints.load(path), space, network_class)
     assert type(network) is network_class
 
