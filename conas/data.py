@@ -179,7 +179,8 @@ def load(dataset: str, root: str | Path, split: str, image_size: int | None = No
     if image_size is not None:
         info = replace(info, image_size=image_size)
     N = len(labels)
-    right = not isinstance(images, Tensor) or (images.dtype == torch.uint8 and images.shape[1] == info.channels)
+    right = not isinstance(images, Tensor) or (images.dtype == torch.uint8 and images.shape[1:2] == (info.channels,)
+                                               and images.ndim == 4 and min(images.shape[2:]) > 0)
     if not right or len(images) != N or not N or labels.min() < 0 or labels.max() >= len(classes):
         raise InputError(f"{root}: the files of {dataset} hold other images or labels than they should; take them away "
                          "and start again")

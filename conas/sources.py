@@ -67,7 +67,9 @@ def _fashionmnist(root: Path, split: str) -> Source:
     kind = datasets.FashionMNIST
     archives = [f"FashionMNIST/raw/{name}" for name, _ in kind.resources]
     data = _obtain(partial(kind, train=split == "train"), root, archives, kind.mirrors[0])
-    return tuple(kind.classes), data.data[:, None], data.targets
+    if not all(isinstance(part, Tensor) and part.ndim for part in (data.data, data.targets)):  # of old torchvisions
+        raise InputError(f"{root / 'FashionMNIST' / 'processed'}: holds no images; take it away and start again")
+    return tuple(kind.classes), data.data[:, None], data.targets.long()
 
 
 def _imagenette(root: Path, split: str) -> Source:

@@ -59,6 +59,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
              "subset": data.subset, "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed,
              "skip_bad_images": data.skip_bad_images}
+    begun += arch.seen_before(origin, about)
     metrics = resume(run, network, optimizer, about)
     start = len(metrics)
     if is_finished(metrics, recipe.epochs, held_out.patience):

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 from conas.cli import Parser, find_device, run
-from conas.errors import InputError
+from conas.errors import InputError, one_line
 from conas.files import write_json, write_text
 from conas.imagefiles import ImageFiles, formats
 from conas.run import folder_name
@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def complain(error: InputError) -> None:
         bad.append(error)
-        print(error, file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
 
     width, longest = (max(map(len, names)) for names in (paths, network.classes))
     print(f"{'image':{width}}  {'class':{longest}}  probability  entropy  mutual information  votes of "
@@ -130,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in predict(network, paths, values.top_k, values.batch_size, complain):
         votes = ", ".join(vote["class"] for vote in row["votes"].values())
         others = "".join(f"; {p['class']} {100 * p['probability']:.1f} %" for p in row["top"][1:])
-        print(f"{row['image']:{width}}  {row['class']:{longest}}  {100 * row['probability']:9.1f} %  "
+        print(f"{one_line(row['image']):{width}}  {row['class']:{longest}}  {100 * row['probability']:9.1f} %  "
               f"{row['entropy']:7.3f}  {row['mutual_information']:18.3f}  {votes}{others and '  then' + others[1:]}")
         rows.append(row)
     seconds = time.perf_counter() - began
