@@ -93,9 +93,12 @@ def read(path: str | Path) -> object:
         raise InputError(f"{path}: no such checkpoint{reason}") from error
     if Path(path).suffix == SAFETENSORS:
         return _read_safetensors(path)
-    try:
-        if zipped:
+    if zipped:
+        try:
             check_zip(path)
+        except ValueError as error:
+            raise InputError(f"{path}: damaged ({error}); delete it, or copy a good one here") from error
+    try:
         with warnings.catch_warnings(action="ignore"):  # torch muses about damaged files before it fails on them
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise anything
@@ -188,9 +191,10 @@ def _read_safetensors(path: str | Path) -> dict:
             metadata = {name: text for name, text in (file.metadata() or {}).items() if name in (*FIELDS, "crc32")}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         checksum = metadata.pop("crc32", None)
-        if checksum not in (None, f"{_crc32(metadata, state):08x}"):
+        content = {name: json.loads(text) for name, text in metadata.items()} | {"state": state}
+        if checksum != f"{_crc32(metadata, state):08x}" and (checksum or is_ours(content)):
             raise ValueError("it does not have the checksum that it was written with")
-        return {name: json.loads(text) for name, text in metadata.items()} | {"state": state}
+        return content
     except Exception as error:  # damaged bytes can make it raise anything
         raise InputError(f"{path}: damaged ({error}); copy a good one here") from error
 

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+DOS_FOLDER = 0x10  # in the attributes of a zip file's record
+
 
 @contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -64,6 +66,8 @@ def check_zip(path: str | Path) -> None:
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED:
                     raise zipfile.BadZipFile(f"its record {record.filename} is compressed")
+                if record.is_dir() or record.external_attr & DOS_FOLDER:  # PyTorch then reads no bytes, and says nothing
+                    raise zipfile.BadZipFile(f"its record {record.filename} is marked as a folder")
                 with archive.open(record) as file:
                     while file.read(2**20):
                         pass

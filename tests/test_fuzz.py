@@ -64,10 +64,21 @@ def test_every_flipped_bit_of_a_tensor_is_found(folder, whole, suffix):
         content[at] ^= 4
         path.write_bytes(content)
         content[at] ^= 4
-        with pytest.raises(InputError, match=rf"flip\{suffix}.*(CRC|checksum)|flip\{suffix}: refused"):
+        with pytest.raises(InputError, match=rf"flip\{suffix}: damaged .*(CRC|checksum)"):
             checkpoints.load(path)
     path.write_bytes(content)
     assert equal(checkpoints.load(path), whole[0])
+
+
+def test_a_record_that_one_bit_makes_a_folder_is_found(folder, whole):
+    """PyTorch gives whatever is in memory for the tensor of such a record."""
+    content = bytearray(whole[1][".pt"])
+    content[content.rindex(b"PK\1\2", 0, content.index(b"archive/data/9", content.index(b"PK\1\2"))) + 38] ^= 16
+    path = folder / "folder.pt"
+    path.write_bytes(content)
+    torch.load(path, weights_only=True)
+    with pytest.raises(InputError, match=r"folder\.pt: damaged .*archive/data/9 is marked as a folder"):
+        checkpoints.load(path)
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
