@@ -66,7 +66,7 @@ def check_zip(path: str | Path) -> None:
             for record in archive.infolist():
                 if record.compress_type != zipfile.ZIP_STORED:
                     raise zipfile.BadZipFile(f"its record {record.filename} is compressed")
-                if record.is_dir() or record.external_attr & DOS_FOLDER:  # PyTorch then reads no bytes, and says nothing
+                if record.is_dir() or record.external_attr & DOS_FOLDER:  # PyTorch then reads nothing
                     raise zipfile.BadZipFile(f"its record {record.filename} is marked as a folder")
                 with archive.open(record) as file:
                     while file.read(2**20):

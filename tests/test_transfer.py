@@ -99,10 +99,12 @@ def test_a_supernet_is_no_start(space):
 
 
 def test_derived_networks_are_rebuilt_from_the_file_alone(tmp_path):
-    for network in (NetworkCIFAR(4, 10, 3, True, DARTS, in_channels=1, image_size=8),
-                    NetworkImageNet(4, 10, 3, True, GENOTYPES["AmoebaNet"], image_size=40)):
+    for dataset, network in (
+            ("digits", NetworkCIFAR(4, 10, 3, True, DARTS, in_channels=1, image_size=8)),
+            ("imagenette", NetworkImageNet(4, 10, 3, True, GENOTYPES["AmoebaNet"], image_size=40))):
         checkpoints.save(tmp_path / "a.pt", checkpoints.describe(
-            network, space="cnn", epoch=3, dataset=about, arguments={"seed": 0}, primitives=["none"]))
+            network, space="cnn", epoch=3, dataset=ABOUT | {"name": dataset}, arguments={"seed": 0},
+            primitives=["none"]))
         again = checkpoints.restore(tmp_path / "a.pt", checkpoints.load(tmp_path / "a.pt"), "cnn")
         assert type(again) is type(network) and again.genotype() == network.genotype()
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in network.state_dict().items())
