@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import io
 import os
 import signal
 import sys
@@ -12,7 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from conas.errors import InputError, Stopped
+from conas.errors import InputError, Stopped, one_line
 
 STOPPED = "stopped; start the same command again to go on from what was kept"
 
@@ -76,6 +77,8 @@ def _check_range(field: dataclasses.Field, value) -> None:
         # `not >=` rather than `<`, so that NaN is refused
         if low is not None and not value >= low:
             raise InputError(f"--{field.name} {value}: must be at least {low}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise InputError(f"--{field.name} {value}: must have at most 18 digits")
         if high is not None and not value <= high:
             raise InputError(f"--{field.name} {value}: must be at most {high}")
         if field.metadata["even"] and value % 2:
@@ -84,6 +87,8 @@ def _check_range(field: dataclasses.Field, value) -> None:
 
 def run(main: Callable[[], None]) -> int:
     """Call `main` and return the exit code: 0, 2 for the user's errors (one line on stderr), 130 and 143 if stopped."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         signal.signal(signal.SIGTERM, _terminate)
         main()
@@ -99,6 +104,9 @@ def run(main: Callable[[], None]) -> int:
         sys.stderr.close()
         return 1
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
+                           errno.EIO) and error.filename:
+            return _complain(f"{error.filename}: {error.strerror}; name another file or folder")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         return _complain(f"{error.filename or 'output'}: {error.strerror}; nothing earlier was changed. "
@@ -111,7 +119,7 @@ def _terminate(*_) -> None:
 
 
 def _complain(error) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    print(f"error: {one_line(error)}", file=sys.stderr)
     return 2
 
 

@@ -6,6 +6,7 @@ from conas.cli import option
 from conas.data import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
+SKIP = "leave out image files that cannot be read, and list them; all are decoded once at the start"
 
 
 @dataclass
@@ -19,6 +20,7 @@ class DataOptions:
                                     "imagenet, 32 for other photographs)", low=8, high=1024)
     subset: int | None = option(None, "use only this many images of each split, for trial runs", low=2)
     workers: int = option(2, "processes that decode images, for data sets too large for memory", low=0, high=256)
+    skip_bad_images: bool = option(False, SKIP)
 
 
 @dataclass
@@ -196,3 +198,4 @@ class TestOptions:
     batch_size: int = option(256, "images in a batch", low=1)
     workers: int = option(2, "processes that decode images, for data sets too large for memory", low=0, high=256)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    skip_bad_images: bool = option(False, f"{SKIP} (default: as the network was trained)")

@@ -2,7 +2,6 @@
 import csv
 import hashlib
 import io
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -19,8 +18,9 @@ from conas.cli import find_device, parse
 from conas.config import STAGES, StageOptions, TestOptions
 from conas.data import ImageSet, load
 from conas.errors import InputError
-from conas.files import atomic_path, write_text
+from conas.files import atomic_path, check_regular, check_zip, write_text
 from conas.run import best_checkpoint, folder_name, list_checkpoints
+from conas.sources import is_split_here
 from conas.spaces import Space
 from conas.splits import stratified_split
 
@@ -79,6 +79,8 @@ def save_scores(path: Path, scores: Scores) -> None:
 def load_scores(path: Path) -> Scores:
     """Read scores. Raises InputError naming the file if it is missing, damaged or incomplete."""
     try:
+        check_regular(path)
+        check_zip(path)
         with np.load(path, allow_pickle=False) as file:
             scores = Scores(
                 logits=torch.from_numpy(file["logits"]), labels=torch.from_numpy(file["labels"]),
@@ -86,14 +88,20 @@ def load_scores(path: Path) -> Scores:
                 seed=int(file["seed"]), split=str(file["split"]),
                 checkpoint_sha256=str(file["checkpoint_sha256"]), dataset=str(file["dataset"]),
                 fingerprint=str(file["fingerprint"]), classes=file["classes"].tolist())
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged bytes can make NumPy raise anything
         raise InputError(f"{path}: cannot be read as probabilities ({error}); delete it and start test_all.py again"
                          ) from error
-    if (scores.logits.ndim != 2 or scores.logits.dtype != torch.float32 or scores.labels.dtype != torch.int64
-            or scores.logits.shape != (len(scores.labels), len(scores.classes))):
+    N = len(scores.labels) if scores.labels.ndim == 1 else 0
+    K = len(scores.classes) if _are_names(scores.classes) else 0
+    if (not N or not K or scores.logits.dtype != torch.float32 or scores.labels.dtype != torch.int64
+            or scores.logits.shape != (N, K) or scores.labels.min() < 0 or scores.labels.max() >= K):
         raise InputError(f"{path}: its logits, labels and classes do not fit together; delete it and start "
                          "test_all.py again")
     return scores
+
+
+def _are_names(classes: object) -> bool:
+    return isinstance(classes, list) and all(isinstance(name, str) for name in classes)
 
 
 def predict(network: nn.Module, images: ImageSet, batch_size: int, device: torch.device,
@@ -126,16 +134,27 @@ def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torc
 _load = lru_cache(maxsize=2)(load)  # all checkpoints of a run are tested on the same images
 
 
-def load_images(path: Path, about: dict, data: str | None, split: str) -> ImageSet:
+def load_images(path: Path, about: dict, data: str | None, split: str, skip_bad_images: bool = False) -> ImageSet:
     """A split of the data set that the checkpoint at `path` describes; `data` is where it is now, if it was moved.
 
-    Raises InputError if it has other classes than the network knows.
+    Raises InputError if it has other classes than the network knows, or if its training images have changed since,
+    where that matters: for the training split, and for test images that were set aside from the same folder.
     """
-    root = data or about["root"]
-    images = _load(about["name"], root, split, about["image_size"], about["subset"])
+    root = Path(data or about["root"]).expanduser()
+    if data is None and about["name"] != "digits" and not root.is_dir():
+        raise InputError(f"{path}: its images were in {root}, and there is no such folder; name theirs with --data")
+    skip = skip_bad_images or about.get("skip_bad_images", False)
+    images = _load(about["name"], root, split, about["image_size"], about["subset"], skip)
     if list(images.info.classes) != about["classes"]:
         raise InputError(f"{root}: has the classes {', '.join(images.info.classes)}, but {path} was trained on "
                          f"{', '.join(about['classes'])}; name the right folder with --data")
+    if split == "train" or is_split_here(about["name"], root):
+        trained = images if split == "train" else _load(about["name"], root, "train", about["image_size"],
+                                                        about["subset"], skip)
+        if trained.fingerprint != about["fingerprint"]:
+            raise InputError(f"{root}: its training images have changed since {path} was trained on them (or another "
+                             "version of Pillow decodes them), so nobody knows which images it has not seen; restore "
+                             "them, or name their folder with --data")
     return images
 
 
@@ -186,7 +205,10 @@ class _Question:
         self.checkpoint = checkpoints.load(self.path)
         self.network = checkpoints.restore(self.path, self.checkpoint, self.space.name, self.space.network)
         about = self.checkpoint["dataset"]
-        self.images = load_images(self.path, about, options.data, "test" if self.split == "test" else "train")
+        if self.split == "valid" and not {"train_portion", "split_seed"} <= about.keys():
+            raise InputError(f"{self.path}: does not say which training images were held out; train again")
+        self.images = load_images(self.path, about, options.data, "test" if self.split == "test" else "train",
+                                  options.skip_bad_images)
         self.indices, self.crop, self.fingerprint = None, about.get("crop"), self.images.fingerprint
         if self.split == "valid":
             portions = [about["train_portion"], 1 - about["train_portion"]]

@@ -84,6 +84,15 @@ class Keeper:
             self.run.log(f"warning: {self.path} {reason}; the run goes on from the state before, {self.before}")
             return state
 
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Inside, a state that does not fit the run raises InputError."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+            raise InputError(f"{self.path}: is whole, but does not fit this run; delete it to begin the run again, or "
+                             "copy a good one here") from error
+
     def save(self, state: dict) -> None:
         """Write a state; the one before is kept. Raises OSError, with both earlier ones intact, if it cannot."""
         checkpoints.save(self.path, state | {"random": _generators()}, keep=self.before)
@@ -123,11 +132,24 @@ class _Interrupted(Exception):
 
 
 def _with_fields(path, state: dict) -> dict:
-    for name in ("metrics", "random", "optimizer"):
+    for name in ("metrics", "random", "optimizer", "course"):
         if name not in state:
             raise InputError(f"{path}: is a checkpoint, but not the state of a run (no {name}); delete it to begin "
                              "this run again, or copy a good one here")
     return state
+
+
+def check_progress(state: dict) -> tuple[list[dict], dict | None]:
+    """The metrics of a state, by epoch, and its course. Raises ValueError, or what wrong types lead to."""
+    metrics, course = state["metrics"], state["course"]
+    if [row["epoch"] for row in metrics] != list(range(len(metrics))):
+        raise ValueError("metrics of other epochs")
+    if course is not None and not (course["step"] >= 0 <= course["skipped"] and course["seen"] >= 0.0
+                                   <= course["seconds"] and course["sums"].shape == (3,)):
+        raise ValueError("no course of an epoch")
+    if state["epoch"] != (len(metrics) if course else len(metrics) - 1):
+        raise ValueError("metrics of other epochs")
+    return metrics, course
 
 
 def _generators() -> dict:

@@ -18,11 +18,12 @@ from tqdm import tqdm
 
 import conas
 from conas.errors import InputError
-from conas.files import TEMPORARY, write_json, write_text
+from conas.files import TEMPORARY, read_json, write_json, write_text
 
-# Where and how fast a run computes is free to change between two starts; what it computes is not.
+# Where and how fast a run computes is free to change between two starts; what it computes is not. Which images
+# these are, their fingerprint tells, and not a flag.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
-        "checkpoint_minutes", "on_nan", "deterministic"}
+        "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images"}
 
 
 class Run:
@@ -69,7 +70,7 @@ class Run:
     def log(self, text: str) -> None:
         """Print a line, above a progress bar if there is one, and keep it in log.txt."""
         tqdm.write(text)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
 
     def write_metrics(self, rows: list[dict]) -> None:
@@ -85,11 +86,11 @@ def read_arguments(folder: Path) -> dict:
     """The arguments of the run in `folder`. Raises InputError if there is none or its args.json is damaged."""
     path = folder / "args.json"
     try:
-        arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+        arguments = read_json(path)["arguments"]
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no such run; start {_script(folder)} there first, or name another "
                          "with --save") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path}: damaged; delete it, if you know that the run's arguments are the same") from error
     if not isinstance(arguments, dict):
         raise InputError(f"{path}: damaged; its arguments are not an object")
@@ -129,6 +130,6 @@ def _script(folder: Path) -> str:
 
 def folder_name(save: str, flag: str = "--save") -> str:
     """Check the value of a flag: it becomes part of a folder's name."""
-    if not re.fullmatch(r"[\w.-]+", save):
-        raise InputError(f"{flag} {save}: use letters, digits, dots, dashes and underscores only")
+    if not re.fullmatch(r"[\w.-]{1,50}", save):
+        raise InputError(f"{flag} {save}: use letters, digits, dots, dashes and underscores only, at most 50")
     return save

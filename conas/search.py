@@ -24,7 +24,7 @@ from conas.data import load
 from conas.draw import draw_genotype
 from conas.evaluate import validate
 from conas.files import write_json
-from conas.keeper import Keeper, seed_generators, set_generators
+from conas.keeper import Keeper, check_progress, seed_generators, set_generators
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, folder_name
 from conas.spaces import Space
@@ -57,7 +57,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     device = find_device(options.device, keep.deterministic)
     groups = (data, augment, supernet, weights, alphas, options, keep)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
-    images = load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset)
+    images = load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset,
+                  skip_bad_images=data.skip_bad_images)
     halves = stratified_split(images.labels, [augment.train_portion, 1 - augment.train_portion], augment.split_seed)
     cutout = augment.cutout_length if augment.cutout else 0
     train, valid = (
@@ -73,7 +74,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                                 arch_weight_decay=alphas.arch_weight_decay, unrolled=alphas.unrolled)
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "subset": data.subset,
              "classes": list(images.info.classes), "fingerprint": images.fingerprint,
-             "train_portion": augment.train_portion, "split_seed": augment.split_seed}
+             "train_portion": augment.train_portion, "split_seed": augment.split_seed,
+             "skip_bad_images": data.skip_bad_images}
 
     folder = space.search_folder(folder_name(options.save))
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
@@ -151,12 +153,14 @@ def resume(keeper: Keeper, space: Space, network: nn.Module, optimizer: torch.op
     state = keeper.load(about)
     if state is None:
         return [], None
-    network.load_state_dict(checkpoints.restore(keeper.path, state, space.name, space.network).state_dict())
-    optimizer.load_state_dict(state["optimizer"])
-    architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-    keeper.run.write_metrics(state["metrics"])
-    set_generators(state["random"])  # at last: building networks draws from them
-    return state["metrics"], state["course"]
+    with keeper.restoring():
+        network.load_state_dict(checkpoints.restore(keeper.path, state, space.name, space.network).state_dict())
+        optimizer.load_state_dict(state["optimizer"])
+        architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        set_generators(state["random"])  # at last: building networks draws from them
+        metrics, course = check_progress(state)
+    keeper.run.write_metrics(metrics)
+    return metrics, course
 
 
 def finish(run: Run, genotype: genotypes.Genotype, metrics: list[dict]) -> None:

@@ -16,7 +16,7 @@ from conas.data import load
 from conas.errors import InputError
 from conas.evaluate import validate
 from conas.genotype import Genotype
-from conas.keeper import Keeper, seed_generators, set_generators
+from conas.keeper import Keeper, check_progress, seed_generators, set_generators
 from conas.networks import DerivedNetwork, count_parameters
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, best_checkpoint, folder_name
@@ -42,7 +42,8 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
 
     crop = data.image_size if shape.recipe == "imagenet" else None
     loaded_size = photographs.canvas(crop) if crop else data.image_size
-    images = load(data.dataset, data.data, "train", image_size=loaded_size, subset=data.subset)
+    images = load(data.dataset, data.data, "train", image_size=loaded_size, subset=data.subset,
+                  skip_bad_images=data.skip_bad_images)
     parts = split(images.labels, held_out)
     stream = Stream(images, parts[0], recipe.batch_size, name="training", seed=options.seed, device=device, crop=crop,
                     cutout_length=recipe.cutout_length if recipe.cutout else 0, drop_last=True, workers=data.workers)
@@ -57,7 +58,9 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
 
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "crop": crop,
              "subset": data.subset, "classes": list(images.info.classes), "fingerprint": images.fingerprint,
-             "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed}
+             "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed,
+             "skip_bad_images": data.skip_bad_images}
+    origin_of_weights += arch.seen_before(origin, about)
     with Run(space.train_folder(folder_name(options.save)), arguments) as run, \
             Keeper(run, keep.checkpoint_minutes) as keeper:
         metrics, begun = resume(keeper, network, optimizer, about)
@@ -212,11 +215,13 @@ def resume(keeper: Keeper, network: DerivedNetwork, optimizer: torch.optim.Optim
     if state["genotype"] != genotypes.to_json(network.genotype()):
         raise InputError(f"{keeper.path}: this run began with other cells than those it would train now; restore them, "
                          "or give --save another name")
-    network.load_state_dict(checkpoints.restore_derived(keeper.path, state).state_dict())
-    optimizer.load_state_dict(state["optimizer"])
-    keeper.run.write_metrics(state["metrics"])
-    set_generators(state["random"])  # at last: building networks draws from them
-    return state["metrics"], state["course"]
+    with keeper.restoring():
+        network.load_state_dict(checkpoints.restore_derived(keeper.path, state).state_dict())
+        optimizer.load_state_dict(state["optimizer"])
+        set_generators(state["random"])  # at last: building networks draws from them
+        metrics, course = check_progress(state)
+    keeper.run.write_metrics(metrics)
+    return metrics, course
 
 
 def main(folder: Path, module, description: str, default: str | None = None, argv: list[str] | None = None) -> None:

@@ -62,7 +62,8 @@ def test_images(network: CommitteeNetwork, data: str | None, count: int = 256) -
     Raises InputError if the data set is not where the members had it, nor in the folder `data`.
     """
     info = network.dataset
-    images = load(info["name"], data or info["root"], "test", info["image_size"], info["subset"])
+    images = load(info["name"], data or info["root"], "test", info["image_size"], info["subset"],
+                  info.get("skip_bad_images", False))
     chosen = torch.arange(min(count, len(images)))
     logits = torch.stack([predict(member, images, 100, torch.device("cpu"), chosen, crop=crop)
                           for member, crop in zip(network.networks, network.crops)])

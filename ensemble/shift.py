@@ -16,6 +16,7 @@ from conas.config import TestOptions
 from conas.data import ImageSet
 from conas.errors import InputError
 from conas.evaluate import Scores, load_images, load_scores, predict, save_scores
+from conas.files import check_regular
 from conas.spaces import Space
 from ensemble import metrics
 from ensemble.committee import Committee
@@ -65,8 +66,9 @@ class PublishedCorruptions:
 
     def _read(self, name: str) -> np.ndarray:
         try:
-            return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            check_regular(self.folder / f"{name}.npy")
+            return np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="r")  # objects cannot be mapped
+        except Exception as error:  # damaged bytes can make NumPy raise anything
             raise InputError(f"{self.folder / name}.npy: cannot be read ({error}); download it again") from error
 
 
@@ -82,7 +84,7 @@ def measure_shift(pool: Mapping[str, tuple[Space, Path]], committee: Committee, 
         checkpoint = checkpoints.load(path)
         members[name] = checkpoints.restore(path, checkpoint, space.name, space.network), checkpoint["dataset"]
     about = next(iter(members.values()))[1]
-    images = load_images(path, about, options.data, "test")
+    images = load_images(path, about, options.data, "test", options.skip_bad_images)
     for name, (_, other) in members.items():
         if other["image_size"] != about["image_size"]:
             raise InputError(f"--shift: {name} takes images of another size than the first member; leave it out")

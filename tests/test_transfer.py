@@ -15,6 +15,7 @@ from conas.errors import InputError
 from conas.networks import NetworkCIFAR, NetworkImageNet
 from conas.published import GENOTYPES
 from conas.run import best_checkpoint
+from tests.test_checkpoint import ABOUT
 from tests.test_train import DARTS, run
 
 
@@ -91,19 +92,19 @@ def test_transfer_from_a_published_file(trained, space):
 
 
 def test_a_supernet_is_no_start(space):
-    about = {"name": "digits", "classes": list("0123456789")}
     checkpoints.save(space / "super.pt", checkpoints.describe(
-        Network(C=2, layers=3), space="cnn_space1", epoch=0, dataset=about, arguments={"seed": 0}))
+        Network(C=2, layers=3, in_channels=1), space="cnn_space1", epoch=0, dataset=ABOUT, arguments={"seed": 0}))
     with pytest.raises(InputError, match=r"super\.pt: is of the stage 'search', and no retrained network"):
         run(space, "--init_from", space / "super.pt")
 
 
 def test_derived_networks_are_rebuilt_from_the_file_alone(tmp_path):
-    about = {"name": "digits", "classes": list("0123456789")}
-    for network in (NetworkCIFAR(4, 10, 3, True, DARTS, in_channels=1, image_size=8),
-                    NetworkImageNet(4, 10, 3, True, GENOTYPES["AmoebaNet"], image_size=40)):
+    for dataset, network in (
+            ("digits", NetworkCIFAR(4, 10, 3, True, DARTS, in_channels=1, image_size=8)),
+            ("imagenette", NetworkImageNet(4, 10, 3, True, GENOTYPES["AmoebaNet"], image_size=40))):
         checkpoints.save(tmp_path / "a.pt", checkpoints.describe(
-            network, space="cnn", epoch=3, dataset=about, arguments={"seed": 0}, primitives=["none"]))
+            network, space="cnn", epoch=3, dataset=ABOUT | {"name": dataset}, arguments={"seed": 0},
+            primitives=["none"]))
         again = checkpoints.restore(tmp_path / "a.pt", checkpoints.load(tmp_path / "a.pt"), "cnn")
         assert type(again) is type(network) and again.genotype() == network.genotype()
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in network.state_dict().items())
