@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
+from conas import distributed
 from conas.augment import central, normalise
 from conas.errors import InputError
 from conas.sources import READERS, SPLIT_SEED, ImageFiles
@@ -185,6 +186,6 @@ def _hold(images: Tensor | ImageFiles, info: DataInfo) -> Tensor | LazyImages:
 
     with ThreadPoolExecutor() as pool:  # decoders and resizing release Python's lock
         for _ in tqdm(pool.map(fill, range(len(lazy))), total=len(lazy), desc=f"{info.name}: decoding", leave=False,
-                      disable=None):
+                      disable=distributed.quiet()):
             pass
     return held

@@ -15,6 +15,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from conas import checkpoint as checkpoints
+from conas import distributed
 from conas.cli import find_device, parse
 from conas.config import STAGES, StageOptions, TestOptions
 from conas.data import ImageSet, load
@@ -99,11 +100,16 @@ def predict(network: nn.Module, images: ImageSet, batch_size: int, device: torch
             indices: Tensor | None = None, workers: int = 0, crop: int | None = None) -> Tensor:
     """Logits (N, K), float32 on the CPU, of a network in evaluation mode, for all images or those of `indices`.
 
-    `crop` is the side of the central square that the network looks at (default: all of the image).
+    `crop` is the side of the central square that the network looks at (default: all of the image). Several processes
+    call it alike: each computes the logits of its part of the images, and all get all of them.
     """
+    indices = torch.arange(len(images)) if indices is None else indices
+    own = indices[distributed.part(len(indices))]
     network = network.to(device, memory_format=torch.channels_last).eval()
-    logits = [network(x) for x, _ in images.batches(batch_size, device, indices, workers, crop)]
-    return torch.cat(logits).float().cpu()
+    batches = images.batches(batch_size, device, own, workers, crop) if len(own) else ()
+    logits = [network(x).float() for x, _ in batches]
+    parts = distributed.gather(torch.cat(logits).cpu() if logits else None)
+    return torch.cat([part for part in parts if part is not None])
 
 
 def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torch.device, workers: int = 0,
@@ -139,14 +145,18 @@ def scores_for(space: Space, path: Path, options: TestOptions, split: str = "tes
     suffix = "" if split == "test" else f".{split}"
     stored = path.parent.parent / "probabilities" / f"{path.stem}{suffix}.npz"
     digest = checkpoints.sha256(path)
-    if stored.exists():
-        scores = load_scores(stored)
-        if scores.checkpoint_sha256 == digest and scores.space == space.name:
-            return scores
+
+    def kept() -> dict | None:
+        scores = load_scores(stored) if stored.exists() else None
+        return vars(scores) if scores and (scores.checkpoint_sha256, scores.space) == (digest, space.name) else None
+
+    if fields := distributed.from_first(kept):
+        return Scores(**fields)
     checkpoint = checkpoints.load(path)
     network = checkpoints.restore(path, checkpoint, space.name, space.network)
     about = checkpoint["dataset"]
-    images = load_images(path, about, options.data, "test" if split == "test" else "train")
+    images = distributed.in_turn(
+        lambda: load_images(path, about, options.data, "test" if split == "test" else "train"))
     indices, fingerprint = None, images.fingerprint
     if split == "valid":
         portions = [about["train_portion"], 1 - about["train_portion"]]
@@ -160,19 +170,20 @@ def scores_for(space: Space, path: Path, options: TestOptions, split: str = "tes
         labels=images.labels if indices is None else images.labels[indices], space=space.name,
         stage=checkpoint["stage"], epoch=checkpoint["epoch"], seed=checkpoint["seed"], split=split,
         checkpoint_sha256=digest, dataset=about["name"], fingerprint=fingerprint, classes=list(images.info.classes))
-    save_scores(stored, scores)
+    if distributed.rank() == 0:
+        save_scores(stored, scores)
     return scores
 
 
 def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str], None] = tqdm.write) -> list[dict]:
     """Test every checkpoint of a run; one row for each: epoch, loss (nats), top1, top5 (percent).
 
-    Rows go to `show` as they come, and to test_all.csv in the run's folder.
+    Rows go to `show` as they come, and to test_all.csv in the run's folder. Several processes call it alike.
     """
     folder = run_folder(space, stage, options)
     rows = []
-    # disable=None: a bar on a terminal, silence in a file
-    for epoch, path in tqdm(list_checkpoints(folder).items(), desc=folder.name, unit="checkpoint", disable=None):
+    for epoch, path in tqdm(list_checkpoints(folder).items(), desc=folder.name, unit="checkpoint",
+                            disable=distributed.quiet()):
         scores = scores_for(space, path, options)
         row = {"epoch": epoch, "loss": scores.loss(), "top1": scores.top(1), "top5": scores.top(5)}
         show(f"{space.name}  epoch {epoch:3d}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f} %  "
@@ -182,7 +193,8 @@ def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / "test_all.csv", text.getvalue())
+    if distributed.rank() == 0:
+        write_text(folder / "test_all.csv", text.getvalue())
     show(f"{STAGES[stage]}: {len(rows)} checkpoints, {len(scores.labels)} test images of {scores.dataset}: "
          f"{folder / 'test_all.csv'}")
     if stage == "train":
