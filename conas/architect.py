@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from conas import distributed
 from conas.supernet import Supernet, frozen_statistics
 
-Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,)
+Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,); of several processes each has its part
 
 PERTURBATION = 0.01  # |eps d| in equation 8, the paper's footnote 2
 
@@ -76,23 +77,25 @@ class Bilevel:
         torch._foreach_copy_(self._parts, list(tensors))  # one call for a thousand tensors
         return self._flat.clone()
 
-    # The terms.
+    # The terms. Each is that of the whole batch on every process: all-reduced here, so that no space need know of it.
 
     def grad_weights(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_w L(w, a) on `batch`."""
         w = w.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self._loss(batch, w), [w])
+        (gradient,) = distributed.averaged(torch.autograd.grad(self._loss(batch, w), [w]), len(batch[1]))
         return gradient
 
     def grad_alpha(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_a L(w, a) on `batch`; no gradient of the weights is computed."""
-        return _flatten(torch.autograd.grad(self._loss(batch, w.detach()), self._alphas))
+        gradient = _flatten(torch.autograd.grad(self._loss(batch, w.detach()), self._alphas))
+        return distributed.averaged([gradient], len(batch[1]))[0]
 
     def grad_alpha_and_weights(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
         """grad_a L(w, a) and grad_w L(w, a) on `batch`, in one pass."""
         w = w.detach().requires_grad_()
         *alphas, weights = torch.autograd.grad(self._loss(batch, w), [*self._alphas, w])
-        return _flatten(alphas), weights
+        alphas, weights = distributed.averaged([_flatten(alphas), weights], len(batch[1]))
+        return alphas, weights
 
     def hessian_vector(self, batch: Batch, w: Tensor, d: Tensor) -> Tensor:
         """d2/da dw L(w, a) . d on `batch`, by the central difference of equation 8."""
@@ -101,7 +104,7 @@ class Bilevel:
 
     def _loss(self, batch: Batch, w: Tensor) -> Tensor:
         images, labels = batch
-        return cross_entropy(self.network.with_weights(images, w), labels)
+        return distributed.weighed(cross_entropy(self.network.with_weights(images, w), labels), len(labels))
 
 
 def _flatten(tensors: Iterable[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from conas import distributed
 from conas.errors import InputError, Stopped, one_line
 
 STOPPED = "stopped; start the same command again to go on from what was kept"
@@ -86,19 +87,23 @@ def _check_range(field: dataclasses.Field, value) -> None:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Call `main` and return the exit code: 0, 2 for the user's errors (one line on stderr), 130 and 143 if stopped."""
+    """Call `main` and return the exit code: 0, 2 for the user's errors (one line on stderr), 130 and 143 if stopped.
+
+    Under torchrun `main` runs in all processes; 1 is the code of one that has lost another.
+    """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        main()
+        with distributed.processes():
+            main()
     except InputError as error:
         return _complain(error)
     except Stopped as stop:
-        print(f"\n{stop}", file=sys.stderr)
+        _say(f"\n{stop}")
         return stop.code
     except KeyboardInterrupt:
-        print(f"\n{STOPPED}", file=sys.stderr)
+        _say(f"\n{STOPPED}")
         return 130
     except BrokenPipeError:  # `python test_all.py | head`: nobody reads on, which is no error of ours
         sys.stderr.close()
@@ -119,8 +124,13 @@ def _terminate(*_) -> None:
 
 
 def _complain(error) -> int:
-    print(f"error: {one_line(error)}", file=sys.stderr)
+    _say(f"error: {one_line(error)}")
     return 2
+
+
+def _say(text: str) -> None:
+    if distributed.says_it_first(text):
+        print(text, file=sys.stderr)
 
 
 def find_device(name: str, deterministic: bool = False) -> torch.device:
@@ -133,6 +143,8 @@ def find_device(name: str, deterministic: bool = False) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+    if distributed.size() > 1:
+        return _own_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else
                             "mps" if torch.backends.mps.is_available() else "cpu")
@@ -147,4 +159,18 @@ def find_device(name: str, deterministic: bool = False) -> torch.device:
                          "use --device cpu or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"--device {name}: no Metal device here; use --device cpu or auto")
+    return device
+
+
+def _own_device(name: str) -> torch.device:
+    """Of one among several processes: on GPUs each has its own."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name}: several processes use auto, cpu or cuda, which gives each a GPU of its own")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if distributed.local_rank() >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: torchrun started more processes here than the {torch.cuda.device_count()} "
+                         "CUDA devices that this machine shows; give a smaller --nproc-per-node, or --device cpu")
+    device = torch.device("cuda", distributed.local_rank())
+    torch.cuda.set_device(device)
     return device

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
+from conas import distributed
 from conas.augment import central, normalise
 from conas.errors import InputError, one_line
 from conas.imagefiles import ImageFiles
@@ -222,7 +223,7 @@ def _hold(images: Tensor | ImageFiles, info: DataInfo, skip: bool) -> tuple[Tens
 
     with _quiet(), ThreadPoolExecutor() as pool:  # decoders and resizing release Python's lock
         for _ in tqdm(pool.map(fill, range(len(lazy))), total=len(lazy), desc=f"{info.name}: decoding", leave=False,
-                      disable=None):
+                      disable=distributed.quiet()):
             pass
     return (lazy if large else held), bad
 

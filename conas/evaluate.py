@@ -14,6 +14,7 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from conas import checkpoint as checkpoints
+from conas import distributed
 from conas.cli import find_device, parse
 from conas.config import STAGES, StageOptions, TestOptions
 from conas.data import ImageSet, load
@@ -108,7 +109,8 @@ def predict(network: nn.Module, images: ImageSet, batch_size: int, device: torch
             indices: Tensor | None = None, workers: int = 0, crop: int | None = None) -> Tensor:
     """Logits (N, K), float32 on the CPU, of a network in evaluation mode, for all images or those of `indices`.
 
-    `crop` is the side of the central square that the network looks at (default: all of the image).
+    `crop` is the side of the central square that the network looks at (default: all of the image). Several processes
+    call it alike: each computes the logits of its part of the images, and all get all of them.
     """
     return predict_all([network], images, batch_size, device, indices, workers, crop)[0]
 
@@ -118,10 +120,13 @@ def predict_all(networks: Sequence[nn.Module], images: ImageSet, batch_size: int
                 indices: Tensor | None = None, workers: int = 0, crop: int | None = None) -> list[Tensor]:
     """The logits of several networks, each as of `predict`, from one pass over the images."""
     networks = [network.to(device, memory_format=torch.channels_last).eval() for network in networks]
-    batches = tqdm(images.batches(batch_size, device, indices, workers, crop), desc="images", unit="batch", delay=3,
-                   total=-(-len(images if indices is None else indices) // batch_size), leave=False, disable=None)
-    logits = [[network(x) for network in networks] for x, _ in batches]
-    return [torch.cat(own).float().cpu() for own in zip(*logits)]
+    indices = torch.arange(len(images)) if indices is None else indices
+    own = indices[distributed.part(len(indices))]
+    batches = tqdm(images.batches(batch_size, device, own, workers, crop) if len(own) else (), desc="images",
+                   unit="batch", delay=3, total=-(-len(own) // batch_size), leave=False, disable=distributed.quiet())
+    logits = [[network(x).float() for network in networks] for x, _ in batches]
+    parts = distributed.gather([torch.cat(of_one).cpu() for of_one in zip(*logits)])
+    return [torch.cat(of_one) for of_one in zip(*filter(None, parts))]
 
 
 def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torch.device, workers: int = 0,
@@ -196,9 +201,13 @@ class _Question:
 
     def stored(self) -> Scores | None:
         """The stored scores, if they are of this checkpoint."""
-        scores = load_scores(self.file) if self.file.exists() else None
-        fits = scores is not None and scores.checkpoint_sha256 == self.digest and scores.space == self.space.name
-        return scores if fits else None
+        def kept() -> dict | None:
+            scores = load_scores(self.file) if self.file.exists() else None
+            fits = scores and (scores.checkpoint_sha256, scores.space) == (self.digest, self.space.name)
+            return vars(scores) if fits else None
+
+        fields = distributed.from_first(kept)
+        return Scores(**fields) if fields else None
 
     def prepare(self, options: TestOptions) -> tuple:
         """Load network and images. Questions that give equal results can be answered in one pass."""
@@ -207,8 +216,9 @@ class _Question:
         about = self.checkpoint["dataset"]
         if self.split == "valid" and not {"train_portion", "split_seed"} <= about.keys():
             raise InputError(f"{self.path}: does not say which training images were held out; train again")
-        self.images = load_images(self.path, about, options.data, "test" if self.split == "test" else "train",
-                                  options.skip_bad_images)
+        self.images = distributed.in_turn(
+            lambda: load_images(self.path, about, options.data, "test" if self.split == "test" else "train",
+                                options.skip_bad_images))
         self.indices, self.crop, self.fingerprint = None, about.get("crop"), self.images.fingerprint
         if self.split == "valid":
             portions = [about["train_portion"], 1 - about["train_portion"]]
@@ -228,7 +238,8 @@ class _Question:
             stage=checkpoint["stage"], epoch=checkpoint["epoch"], seed=checkpoint["seed"], split=self.split,
             checkpoint_sha256=self.digest, dataset=checkpoint["dataset"]["name"], fingerprint=self.fingerprint,
             classes=list(images.info.classes))
-        save_scores(self.file, scores)
+        if distributed.rank() == 0:
+            save_scores(self.file, scores)
         del self.network, self.checkpoint
         return scores
 
@@ -236,12 +247,12 @@ class _Question:
 def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str], None] = tqdm.write) -> list[dict]:
     """Test every checkpoint of a run; one row for each: epoch, loss (nats), top1, top5 (percent).
 
-    Rows go to `show` as they come, and to test_all.csv in the run's folder.
+    Rows go to `show` as they come, and to test_all.csv in the run's folder. Several processes call it alike.
     """
     folder = run_folder(space, stage, options)
     rows = []
-    # disable=None: a bar on a terminal, silence in a file
-    for epoch, path in tqdm(list_checkpoints(folder).items(), desc=folder.name, unit="checkpoint", disable=None):
+    for epoch, path in tqdm(list_checkpoints(folder).items(), desc=folder.name, unit="checkpoint",
+                            disable=distributed.quiet()):
         scores = scores_for(space, path, options)
         row = {"epoch": epoch, "loss": scores.loss(), "top1": scores.top(1), "top5": scores.top(5)}
         show(f"{space.name}  epoch {epoch:3d}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f} %  "
@@ -251,7 +262,8 @@ def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / "test_all.csv", text.getvalue())
+    if distributed.rank() == 0:
+        write_text(folder / "test_all.csv", text.getvalue())
     show(f"{STAGES[stage]}: {len(rows)} checkpoints, {len(scores.labels)} test images of {scores.dataset}: "
          f"{folder / 'test_all.csv'}")
     if stage == "train":

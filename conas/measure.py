@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from conas import arch, photographs
+from conas import arch, distributed, photographs
 from conas import checkpoint as checkpoints
 from conas.cli import find_device, option, parse
 from conas.config import RECIPES, ROOT, ModelOptions, TestOptions
@@ -128,6 +128,6 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
         print(f"{path}: {space.name}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")
     print(f"{images.info.name}: {len(images)} test images, {images.info.num_classes} classes")
     print(as_text(measure(network, images, options, crop), beside))
-    if model.export:
+    if model.export and distributed.rank() == 0:
         checkpoints.export(model.export, checkpoint)
         print(f"written: {model.export}")

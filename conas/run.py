@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import conas
+from conas import distributed
 from conas.errors import InputError
 from conas.files import TEMPORARY, read_json, write_json, write_text
 
@@ -24,11 +25,13 @@ from conas.files import TEMPORARY, read_json, write_json, write_text
 # these are, their fingerprint tells, and not a flag.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
         "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images"}
+OF_A_MACHINE = {"data", "device", "workers"}  # may differ between processes that compute one run together
 
 
 class Run:
     """The folder of a run, opened for writing. Use it as a context: inside, no other process can open it.
 
+    Of processes that compute one run together, the first alone opens it and writes; the others know where it is.
     Raises InputError if another process has it open, if the folder holds a run with other arguments, or something
     that is not a run.
     """
@@ -39,6 +42,13 @@ class Run:
         self._lock = FileLock(folder / ".lock")
 
     def __enter__(self) -> "Run":
+        distributed.check_equal("flags", {k: v for k, v in self.arguments.items() if k not in OF_A_MACHINE})
+        with distributed.together():
+            if distributed.rank() == 0:
+                self._take()
+        return self
+
+    def _take(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -50,7 +60,6 @@ class Run:
         except BaseException:
             self.__exit__()
             raise
-        return self
 
     def __exit__(self, *_) -> None:
         self._lock.release()
@@ -69,13 +78,16 @@ class Run:
 
     def log(self, text: str) -> None:
         """Print a line, above a progress bar if there is one, and keep it in log.txt."""
+        if distributed.rank():
+            return
         tqdm.write(text)
         with open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
 
     def write_metrics(self, rows: list[dict]) -> None:
         """Write metrics.jsonl anew: whole, so that no epoch is ever there twice or missing."""
-        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if distributed.rank() == 0:
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def path(self, kind: str, epoch: int, suffix: str) -> Path:
         """For example checkpoints/epoch_007.pt."""

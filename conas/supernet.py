@@ -12,6 +12,7 @@ from conas.genotype import EDGES, NODES, Genotype, derive
 from conas.mixed import MixedEdges, factorized_reduce
 from conas.operations import OPERATIONS, FactorizedReduce, ReLUConvBN
 from conas.statistics import Statistics
+from conas.synced import Pool
 
 STEM_MULTIPLIER = 3
 
@@ -114,6 +115,7 @@ class Supernet(nn.Module):
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(shape))
         self.register_buffer("outgoing", torch.tensor([edge for edges in OUTGOING for edge in edges]), persistent=False)
         self.frozen = False  # see `frozen_statistics`
+        self.synced = False  # whether BatchNorm is by the images of all processes
         self._packs = [[self.stem[0].weight], [self.stem[1].weight], [self.stem[1].bias],
                        *(pack for cell in self.cells for pack in cell.packs()),
                        [self.classifier.weight], [self.classifier.bias]]
@@ -129,7 +131,8 @@ class Supernet(nn.Module):
     def with_weights(self, x: Tensor, w: Tensor) -> Tensor:
         """`forward` with the weights in the flat vector `w` in place of the network's own."""
         weights = self._unpack(w)
-        statistics = Statistics(batch=self.training, keep=not self.frozen)
+        pool = Pool.of_all(len(x)) if self.synced and self.training else None
+        statistics = Statistics(batch=self.training, keep=not self.frozen, pool=pool)
         shares = {reduction: self._shares(alphas, reduction, statistics)
                   for reduction, alphas in ((False, self.alphas_normal), (True, self.alphas_reduce))}
         x = conv2d(x.contiguous(memory_format=torch.channels_last), next(weights), padding=1).permute(0, 2, 3, 1)
