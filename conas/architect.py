@@ -7,6 +7,10 @@ With weights w, alphas a, learning rate xi, momentum mu, velocity v and weight d
     d2/da dw L_train . d  ~  [grad_a L_train(w + eps d, a) - grad_a L_train(w - eps d, a)] / (2 eps)    equation 8
     eps = 0.01 / |d|
 
+The exact product on the left of equation 8 is an option, for its cost. It is the derivative where there is one: at the
+kinks of ReLU and max pooling the difference quotient sees the jumps of the gradient too, the exact product does not.
+docs/options.md shows how far apart they are.
+
 Weights, velocity and their gradients are one flat vector each, and so are the alphas: the lines of a space's
 update are then the lines above.
 """
@@ -17,6 +21,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from conas import distributed
+from conas.fused import twice_differentiable
 from conas.supernet import Supernet, frozen_statistics
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,); of several processes each has its part
@@ -29,11 +34,12 @@ class Bilevel:
 
     `optimizer` is the SGD of the weights: the virtual step reads its momentum, velocity and weight decay, so that
     it is the step that the weights are about to take. Nothing here changes weights or BatchNorm statistics.
+    `hvp` is how `hessian_vector` multiplies: "difference" or "exact".
     """
 
     def __init__(self, network: Supernet, optimizer: torch.optim.SGD, *, arch_learning_rate: float = 3e-4,
-                 arch_weight_decay: float = 1e-3, unrolled: bool = True):
-        self.network, self.optimizer, self.unrolled = network, optimizer, unrolled
+                 arch_weight_decay: float = 1e-3, unrolled: bool = True, hvp: str = "difference"):
+        self.network, self.optimizer, self.unrolled, self.hvp = network, optimizer, unrolled, hvp
         self.momentum = optimizer.param_groups[0]["momentum"]
         self.weight_decay = optimizer.param_groups[0]["weight_decay"]
         self._weights, self._alphas = network.packing(), list(network.alphas().values())
@@ -98,9 +104,22 @@ class Bilevel:
         return alphas, weights
 
     def hessian_vector(self, batch: Batch, w: Tensor, d: Tensor) -> Tensor:
-        """d2/da dw L(w, a) . d on `batch`, by the central difference of equation 8."""
-        eps = PERTURBATION / d.norm()
+        """d2/da dw L(w, a) . d on `batch`: by the central difference of equation 8, or as it is with `hvp` "exact"."""
+        return self.exact_product(batch, w, d) if self.hvp == "exact" else self.difference_quotient(batch, w, d)
+
+    def difference_quotient(self, batch: Batch, w: Tensor, d: Tensor, r: float = PERTURBATION) -> Tensor:
+        """The right side of equation 8, with |eps d| = r."""
+        eps = r / d.norm()
         return (self.grad_alpha(batch, w + eps * d) - self.grad_alpha(batch, w - eps * d)) / (2 * eps)
+
+    def exact_product(self, batch: Batch, w: Tensor, d: Tensor) -> Tensor:
+        """The left side of equation 8, by double backward: the gradient of (grad_w L . d) by the alphas."""
+        w = w.detach().requires_grad_()
+        with twice_differentiable():
+            (gradient,) = torch.autograd.grad(self._loss(batch, w), [w], create_graph=True)
+            product = _flatten(torch.autograd.grad(gradient, self._alphas, d))
+        (product,) = distributed.averaged([product], len(batch[1]))
+        return product
 
     def _loss(self, batch: Batch, w: Tensor) -> Tensor:
         images, labels = batch

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, pad
 
+from conas.fused import fused
 from conas.synced import Pool
 
 SMALL = 2**19  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
@@ -45,7 +46,7 @@ def convolve(x: Tensor, weights: Sequence[Tensor], stride: int = 1, dilation: in
     images of that pool, which is then subtracted from z. `centred` is for use ahead of BatchNorm only: the gradient is
     right if that of z has mean zero.
     """
-    return _Convolve.apply(x, stride, dilation, centred, *weights)
+    return fused(_Convolve, x, stride, dilation, centred, *weights)
 
 
 class _Convolve(torch.autograd.Function):

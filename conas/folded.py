@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from conas.fused import fused
 from conas.statistics import Statistics
 from conas.synced import Pool
 
@@ -29,7 +30,7 @@ def halfway(z: Tensor, mean: Tensor | None, weight: Tensor, norms: Sequence[nn.B
     if not statistics.batch:
         scaled, shift = _running_scale(weight, None, norms)
         return torch.baddbmm(shift, _rows(z), scaled).relu().view(z.shape)
-    out, variance = _Halfway.apply(z, weight, statistics.pool)
+    out, variance = fused(_Halfway, z, weight, statistics.pool)
     statistics.add(norms, mean, weight, variance, z[0].numel() // z.shape[-1])
     return out
 
@@ -46,7 +47,7 @@ def mix(z: Tensor | None, inner: Tensor | None, mean: Tensor | None, weight: Ten
         out, inner = _sums(z, inner, scaled, plain, q)
         shift = shift.view(-1, len(q), 1, 1, 1, shift.shape[-1]).sum(0)
         return (None, inner + shift) if out is None else (out + shift, inner)
-    out, inner, variance = _Mix.apply(z, inner, weight, p, plain, q, statistics.pool)
+    out, inner, variance = fused(_Mix, z, inner, weight, p, plain, q, statistics.pool)
     pixels = (out if inner is None else inner)[0].numel() // weight.shape[-1]
     statistics.add(norms, mean, weight, variance, pixels)
     return out, inner
@@ -56,7 +57,7 @@ def _running_scale(weight, p, norms):
     """`scaled` (K, C in, C out) and `shift` (K, 1, C) with p BatchNorm(W z) = z scaled + shift."""
     mean, variance = Statistics.running(norms)
     scale = (variance + EPS).rsqrt() if p is None else (variance + EPS).rsqrt() * p[:, None, None]
-    return scale * weight.transpose(1, 2), -scale * mean
+    return (scale * weight.transpose(1, 2)).to(weight.dtype), (-scale * mean).to(weight.dtype)
 
 
 def _rows(z: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ class Statistics:
             x, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
             self.add(norms, mean, None, (rstd.detach() ** -2 - eps) if self.keep else rstd, x.numel() // x.shape[1])
         else:
-            mean, variance = (statistic.view(-1) for statistic in self.running(norms))
+            mean, variance = (statistic.view(-1).to(x.dtype) for statistic in self.running(norms))
             x = nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
         return x.permute(0, 2, 3, 1)
 
@@ -62,7 +62,7 @@ class Statistics:
             shape = len(norms), norms[0].num_features
             for name, value in ("running_mean", mean), ("running_var", variance * (pixels / (pixels - 1))):
                 running += [getattr(norm, name) for norm in norms]
-                seen += value.reshape(-1, shape[1]).expand(shape).unbind()
+                seen += value.to(norms[0].running_mean.dtype).reshape(-1, shape[1]).expand(shape).unbind()
             counts += [norm.num_batches_tracked for norm in norms]
         torch._foreach_lerp_(running, seen, norms[0].momentum)
         torch._foreach_add_(counts, 1)
