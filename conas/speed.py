@@ -1,6 +1,5 @@
 """What makes passes faster or smaller and leaves their meaning: number formats, a compiler, checkpointed cells."""
 from collections.abc import Callable
-from operator import call
 
 import torch
 from torch import Tensor, nn
