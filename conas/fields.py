@@ -1,6 +1,7 @@
 """What a checkpoint says of itself, checked field by field: a file from elsewhere can claim anything.
 
-Whatever passes can be printed, compared and built without a traceback, and without more memory than the file's size.
+Whatever passes can be printed, compared and built without a traceback, and without memory that the file does not
+account for.
 """
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -41,6 +42,7 @@ MORE = {"crop": _optional(_between(1, SIDE, int)), "train_portion": _between(0, 
         "split_seed": _between(0, 2**31 - 1, int), "skip_bad_images": lambda value: type(value) is bool}
 NETWORK = {"C": _between(1, NUMBER, int), "num_classes": _between(1, NUMBER, int), "layers": _between(1, LAYERS, int),
            "in_channels": _between(1, NUMBER, int), "image_size": _between(1, SIDE, int)}
+BASIC = "C", "num_classes", "layers"  # of every network
 
 
 def check(path: str | Path, checkpoint: dict) -> dict:
@@ -54,9 +56,10 @@ def check(path: str | Path, checkpoint: dict) -> dict:
     about, network = checkpoint["dataset"], checkpoint["network"]
     _table(path, about, IMAGES, "its images'")
     _table(path, about, {name: check for name, check in MORE.items() if name in about}, "its images'")
-    _table(path, network, {name: check for name, check in NETWORK.items() if name in network}, "its network's")
-    if network.get("num_classes") != len(about["classes"]):
-        raise InputError(f"{path}: its network knows {network.get('num_classes')} classes, but its images have "
+    _table(path, network, {name: check for name, check in NETWORK.items() if name in network or name in BASIC},
+           "its network's")
+    if network["num_classes"] != len(about["classes"]):
+        raise InputError(f"{path}: its network knows {network['num_classes']} classes, but its images have "
                          f"{len(about['classes'])}; copy a good one here")
     channels = DATASETS[about["name"]].channels
     if network.get("in_channels", 3) != channels or (about.get("crop") or 0) > about["image_size"]:
@@ -99,17 +102,24 @@ def is_plain(value: object) -> bool:
 
 def is_state(value: object) -> bool:
     """Whether a value is a dict of ordinary tensors by name, with no more elements than there is memory behind them."""
-    if not isinstance(value, dict) or not all(
-            isinstance(name, str) and isinstance(tensor, Tensor) and tensor.layout == torch.strided
-            and tensor.device.type == "cpu" and not tensor.is_quantized for name, tensor in value.items()):
+    if not isinstance(value, dict) or not all(isinstance(name, str) and _is_ordinary(t) for name, t in value.items()):
         return False
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in value.values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in value.values()) <= sum(storages.values())
 
 
-def check_state(state: Mapping[str, Tensor], described: Mapping[str, Tensor]) -> None:
-    """Raise ValueError unless two state_dicts agree in names, shapes and kinds of numbers."""
-    def kinds(tensors: Mapping[str, Tensor]) -> dict:
-        return {name: (t.shape, t.is_floating_point(), t.is_complex()) for name, t in tensors.items()}
-    if kinds(state) != kinds(described):
-        raise ValueError("other names, shapes or types")
+def _is_ordinary(tensor: object) -> bool:
+    return (isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type == "cpu"
+            and not tensor.is_quantized and not tensor.is_complex())
+
+
+def is_large(checkpoint: dict) -> bool:
+    """Whether a checkpoint describes a network so large that its tensors have to be looked at before it is built."""
+    network, cell = checkpoint["network"], checkpoint["genotype"].get("normal", ())
+    return network["C"] > 64 or network["layers"] > 20 or network["num_classes"] > 10_000 or len(cell) > 16
+
+
+def check_shapes(state: Mapping[str, Tensor], described: Mapping[str, Tensor]) -> None:
+    """Raise ValueError unless two state_dicts agree in names and shapes."""
+    if {name: t.shape for name, t in state.items()} != {name: t.shape for name, t in described.items()}:
+        raise ValueError("other names or shapes")

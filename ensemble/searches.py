@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from conas import checkpoint as checkpoints
 from conas import genotype as genotypes
-from conas.data import ImageSet, load
+from conas.data import ImageSet
 from conas.errors import InputError
+from conas.evaluate import load_images
 from conas.genotype import NODES, Genotype
 from conas.run import list_checkpoints
 from ensemble import svg
@@ -96,13 +97,12 @@ def find_images(path: Path, fingerprint: str, data: str | None) -> tuple[ImageSe
     None for images that are gone or have changed, and for names that there are none of.
     """
     about = checkpoints.load(path)["dataset"]
-    root = data or about["root"]
     try:
-        images = load(about["name"], root, "test", about["image_size"], about["subset"], skip_bad_images=True)
+        images = load_images(path, about, data, "test", skip_bad_images=True)  # the fingerprint tells whether they did
     except InputError as error:
         print(f"a report without images: {error}")
         return None, None
     if images.fingerprint != fingerprint:
-        print(f"a report without images: those in {root} have changed since the test")
+        print(f"a report without images: those in {data or about['root']} have changed since the test")
         return None, None
     return images, images.names

@@ -76,11 +76,13 @@ def png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in parts.items())
 
 
-@pytest.mark.parametrize("size", [(12_000, 12_000), (60_000, 60_000), (2**31 - 1, 2**31 - 1), (10**9, 1), (0, 5)])
+@pytest.mark.parametrize("size, words", [
+    ((12_000, 12_000), "12000 x 12000 pixels are too many"), ((60_000, 60_000), "exceeds limit"),
+    ((2**31 - 1, 2**31 - 1), "exceeds limit"), ((10**9, 1), "exceeds limit"), ((0, 5), "")])
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
-def test_a_small_file_that_claims_an_enormous_size_is_refused_by_its_header(tmp_path, size):
+def test_a_small_file_that_claims_an_enormous_size_is_refused_by_its_header(tmp_path, size, words):
     (tmp_path / "bomb.png").write_bytes(png(*size))
-    with pytest.raises(InputError, match=r"bomb\.png: cannot be read as an image .*; repair it or take it away"):
+    with pytest.raises(InputError, match=rf"bomb\.png: cannot be read as an image .*{words}.*take it away"):
         decode(tmp_path / "bomb.png")
 
 
@@ -93,7 +95,7 @@ def test_a_file_that_would_start_ghostscript_is_no_image(tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
     (tmp_path / "a.eps").rename(tmp_path / "a.png")
     Image.open(tmp_path / "a.png").close()  # Pillow looks at the contents, not at the name
-    with pytest.raises(InputError, match=r"a\.png: cannot be read as an image"):
+    with pytest.raises(InputError, match=r"a\.png: cannot be read as an image \(cannot identify image file"):
         decode(tmp_path / "a.png")
     assert isinstance(read_image(str(tmp_path / "a.png"), 8, 3), InputError)
 

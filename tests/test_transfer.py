@@ -91,6 +91,16 @@ def test_transfer_from_a_published_file(trained, space):
         run(space, "--init_from", space / "odd.pt", "--arch", "DARTS", "--save", "odd")
 
 
+def test_the_log_says_so_if_held_out_images_may_have_been_trained_on(trained, space):
+    argv = ["--dataset", "digits", "--batch_size", "50", "--epochs", "1", "--init_from", str(trained)]
+    for save, flags, warned in (("same", ["--subset", "300"], False), ("more", ["--subset", "320"], True),
+                                ("split", ["--subset", "300", "--split_seed", "1"], True),
+                                ("all", ["--subset", "320", "--valid_portion", "0"], False)):
+        train.main(space, space1, "", argv=[*argv, "--auxiliary", "--save", save, *flags])
+        log = (space / f"train-{save}" / "log.txt").read_text()
+        assert ("images that are held out now" in log) == warned, save
+
+
 def test_a_supernet_is_no_start(space):
     checkpoints.save(space / "super.pt", checkpoints.describe(
         Network(C=2, layers=3, in_channels=1), space="cnn_space1", epoch=0, dataset=ABOUT, arguments={"seed": 0}))
