@@ -8,6 +8,8 @@ All processes call the same functions in the same order, except `rank`, `size`, 
 import hashlib
 import io
 import os
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
 from typing import TypeVar
@@ -30,6 +32,7 @@ def processes() -> Iterator[None]:
         yield
         return
     store, rank, size = next(iter(rendezvous("env://")))
+    store = dist.PrefixStore(_name_of_start(store, rank, size), store)
     _stores[:] = [store]
     # one group with two networks: which one serves follows from where a tensor lies
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() and dist.is_nccl_available() else "gloo"
@@ -42,6 +45,27 @@ def processes() -> Iterator[None]:
                 yield
     finally:
         dist.destroy_process_group()
+
+
+def _name_of_start(store: dist.Store, rank: int, size: int) -> str:
+    """A name that the processes of this start, and no earlier ones, have for their part of the store.
+
+    torchrun --max-restarts keeps the store, where processes would find the addresses of dead ones. So the first answers
+    every call that is in it, until all others have confirmed; nobody is there any more to hear the other answers.
+    """
+    name, answered = uuid.uuid4().hex, set()
+    if rank:
+        store.set(f"call {store.add('calls', 1)}", name)
+        name = store.get(f"answer to {name}").decode()
+        store.add(f"{name} confirmed", 1)
+        return name
+    while store.add(f"{name} confirmed", 0) < size - 1:
+        for call in {f"call {n + 1}" for n in range(store.add("calls", 0))} - answered:
+            if store.check([call]):
+                store.set(f"answer to {store.get(call).decode()}", name)
+                answered.add(call)
+        time.sleep(0.01)
+    return name
 
 
 def size() -> int:
@@ -233,5 +257,6 @@ def _checked(function: Callable, *arguments) -> None:
     try:
         function(*arguments)
     except RuntimeError as error:
-        raise Stopped(f"rank {rank()}: stopped, since another process of this run is gone ({str(error).splitlines()[0]}"
-                      "); start the same command again to go on from what was kept", 1) from error
+        reason = str(error).splitlines()[0].rpartition("pair.cc")[2].partition("] ")[2].partition(". ")[0]
+        raise Stopped(f"rank {rank()}: stopped, since it has lost another process of this run ({reason or error}); "
+                      "start the same command again to go on from what was kept", 1) from error
