@@ -34,7 +34,7 @@ demo-train: demo
 
 test: .venv/.dev
 	$(BIN)/python -m pytest
-	$(BIN)/python -m tests.parity tests/space1_seed0.npz tests/space2_seed0.npz tests/space3_seed0.npz
+	$(BIN)/python -m tests.parity tests/space1_seed0.npz tests/space2_seed0.npz tests/space3_seed0.npz tests/rnn_seed0.npz
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

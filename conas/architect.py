@@ -28,7 +28,10 @@ class Bilevel:
 
     `optimizer` is the SGD of the weights: the virtual step reads its momentum, velocity and weight decay, so that
     it is the step that the weights are about to take. Nothing here changes weights or BatchNorm statistics.
+    A subclass for networks that do not classify images has another `loss`.
     """
+
+    betas = (0.5, 0.999)  # of the alphas' Adam
 
     def __init__(self, network: Supernet, optimizer: torch.optim.SGD, *, arch_learning_rate: float = 3e-4,
                  arch_weight_decay: float = 1e-3, unrolled: bool = True):
@@ -39,7 +42,7 @@ class Bilevel:
         self._flat = torch.cat([w.detach().reshape(-1) for w in self._weights])
         parts = self._flat.split([w.numel() for w in self._weights])
         self._parts = [part.view_as(w) for part, w in zip(parts, self._weights)]
-        self.alpha_optimizer = torch.optim.Adam(self._alphas, lr=arch_learning_rate, betas=(0.5, 0.999),
+        self.alpha_optimizer = torch.optim.Adam(self._alphas, lr=arch_learning_rate, betas=self.betas,
                                                 weight_decay=arch_weight_decay)
 
     def hypergradient(self, train: Batch, valid: Batch, xi: float) -> Tensor:
@@ -75,17 +78,17 @@ class Bilevel:
     def grad_weights(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_w L(w, a) on `batch`."""
         w = w.detach().requires_grad_()
-        (gradient,) = torch.autograd.grad(self._loss(batch, w), [w])
+        (gradient,) = torch.autograd.grad(self.loss(batch, w), [w])
         return gradient
 
     def grad_alpha(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_a L(w, a) on `batch`; no gradient of the weights is computed."""
-        return _flatten(torch.autograd.grad(self._loss(batch, w.detach()), self._alphas))
+        return _flatten(torch.autograd.grad(self.loss(batch, w.detach()), self._alphas))
 
     def grad_alpha_and_weights(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
         """grad_a L(w, a) and grad_w L(w, a) on `batch`, in one pass."""
         w = w.detach().requires_grad_()
-        *alphas, weights = torch.autograd.grad(self._loss(batch, w), [*self._alphas, w])
+        *alphas, weights = torch.autograd.grad(self.loss(batch, w), [*self._alphas, w])
         return _flatten(alphas), weights
 
     def hessian_vector(self, batch: Batch, w: Tensor, d: Tensor) -> Tensor:
@@ -93,7 +96,8 @@ class Bilevel:
         eps = PERTURBATION / d.norm()
         return (self.grad_alpha(batch, w + eps * d) - self.grad_alpha(batch, w - eps * d)) / (2 * eps)
 
-    def _loss(self, batch: Batch, w: Tensor) -> Tensor:
+    def loss(self, batch: Batch, w: Tensor) -> Tensor:
+        """L(w, a) on `batch`: the mean cross-entropy in nats, with the weights in the flat vector `w`."""
         images, labels = batch
         return cross_entropy(self.network.with_weights(images, w), labels)
 
