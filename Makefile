@@ -7,7 +7,7 @@ SPACES := cnn_space1 cnn_space2 cnn_space3
 # The networks of the demo and of the tests are so small that threads would mostly wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-train test lint clean
+.PHONY: demo demo-train test torture lint clean
 .DELETE_ON_ERROR:
 
 .venv/.core: requirements.txt
@@ -33,8 +33,12 @@ demo-train: demo
 	$(BIN)/python test_ensemble.py --stage train --save demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 	$(BIN)/python -m tests.parity tests/space1_seed0.npz tests/space2_seed0.npz tests/space3_seed0.npz tests/rnn_seed0.npz
+
+# Kill a search and a training at every place that matters and start them again: about ten minutes.
+torture: .venv/.dev
+	$(BIN)/python -m tests.crash
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

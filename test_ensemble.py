@@ -22,7 +22,7 @@ from conas import cli
 from conas.cli import option
 from conas.config import STAGES, TestOptions
 from conas.errors import InputError
-from conas.evaluate import Scores, run_folder, scores_for
+from conas.evaluate import Scores, run_folder, scores_for_all
 from conas.run import list_checkpoints
 from conas.spaces import Space, discover
 from ensemble import html, pictures, report
@@ -139,8 +139,7 @@ def build(pool: Pool, fitted: Fit | None, ours: CommitteeOptions, options: TestO
 
 def score(pool: Pool, options: TestOptions, split: str = "test") -> dict[str, Scores]:
     """The scores of every member on a split, computed where they are not stored."""
-    return {name: scores_for(space, path, options, split)
-            for name, (space, path) in progress(pool.items(), "held-out images" if split == "valid" else "test images")}
+    return dict(zip(pool, scores_for_all(pool.values(), options, split)))
 
 
 def progress(things: Iterable, title: str) -> tqdm:

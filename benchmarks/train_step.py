@@ -118,7 +118,7 @@ def ours(options: argparse.Namespace, images: ImageSet, device: torch.device, am
                     cutout_length=CUTOUT, drop_last=True)
     batches = stream.batches()
     while True:
-        course = Course("", 0, stream.steps, 50, device)
+        course = Course("", 0, stream, 50)
         for _ in course:
             batch = next(batches)
             course.add(*train_step(forward, optimizer, batch, RECIPE, AUXILIARY_WEIGHT, amp), len(batch[1]))

@@ -49,13 +49,19 @@ class Bilevel:
         """The gradient of the validation loss by the flat alphas, through the virtual step of rate `xi`."""
         raise NotImplementedError("a space's architect.py states its update here")
 
-    def step(self, train: Batch, valid: Batch, xi: float) -> None:
-        """One Adam step of the alphas: second order if `unrolled`, else on grad_a L_val(w, a) alone."""
+    def step(self, train: Batch, valid: Batch, xi: float, skip: bool = False) -> bool:
+        """One Adam step of the alphas: second order if `unrolled`, else on grad_a L_val(w, a) alone.
+
+        With `skip`, which waits for the device, there is none if the gradient is not finite. Returns whether there was.
+        """
         with frozen_statistics(self.network):
             gradient = self.hypergradient(train, valid, xi) if self.unrolled else self.grad_alpha(valid, self.weights())
+        if skip and not gradient.isfinite().all():
+            return False
         for alpha, part in zip(self._alphas, gradient.split([alpha.numel() for alpha in self._alphas])):
             alpha.grad = part.view_as(alpha)
         self.alpha_optimizer.step()
+        return True
 
     # The state, as flat vectors.
 

@@ -47,11 +47,14 @@ def describe(network: Supernet | DerivedNetwork, *, space: str, epoch: int, data
     }
 
 
-def save(path: str | Path, checkpoint: dict) -> None:
-    """Write a checkpoint atomically. Raises OSError, with the earlier file intact, if it cannot be written."""
+def save(path: str | Path, checkpoint: dict, keep: Path | None = None) -> None:
+    """Write a checkpoint atomically. Raises OSError, with the earlier file intact, if it cannot be written.
+
+    The earlier file goes to `keep`, if that is given.
+    """
     buffer = io.BytesIO()  # torch.save to a file reports a full disk as a RuntimeError without a reason
     torch.save(checkpoint, buffer)
-    with atomic_path(path) as temporary:
+    with atomic_path(path, keep) as temporary:
         temporary.write_bytes(buffer.getbuffer())
 
 
@@ -90,21 +93,6 @@ def read(path: str | Path) -> object:
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise InputError(f"{path}: refused, since it is damaged or holds more than tensors and plain values; nothing "
                          "in it was run. Delete it, or copy a good one here") from error
-
-
-def load_resume(folder: Path, about: dict) -> dict | None:
-    """What `resume.pt` of a run holds, or None before the first epoch's end; `about` describes the images now.
-
-    Raises InputError if the training images are not those of the run's earlier epochs.
-    """
-    path = folder / "resume.pt"
-    if not path.exists():
-        return None
-    checkpoint = load(path)
-    if checkpoint["dataset"]["fingerprint"] != about["fingerprint"]:
-        raise InputError(f"{path}: the training images have changed since this run began; restore them, "
-                         "or give --save another name")
-    return checkpoint
 
 
 def published_state(path: str | Path, content: object) -> dict[str, Tensor]:

@@ -3,6 +3,8 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import os
+import signal
 import sys
 import types
 import typing
@@ -10,7 +12,9 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from conas.errors import InputError
+from conas.errors import InputError, Stopped
+
+STOPPED = "stopped; start the same command again to go on from what was kept"
 
 
 def option(default, help: str, *, low=None, high=None, choices: Sequence[str] | None = None, even: bool = False):
@@ -79,13 +83,17 @@ def _check_range(field: dataclasses.Field, value) -> None:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Call `main` and return the exit code: 0, 2 for the user's errors (one line on stderr), 130 after Ctrl-C."""
+    """Call `main` and return the exit code: 0, 2 for the user's errors (one line on stderr), 130 and 143 if stopped."""
     try:
+        signal.signal(signal.SIGTERM, _terminate)
         main()
     except InputError as error:
         return _complain(error)
+    except Stopped as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return stop.code
     except KeyboardInterrupt:
-        print("\nstopped; start the same command again to go on from the last checkpoint", file=sys.stderr)
+        print(f"\n{STOPPED}", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `python test_all.py | head`: nobody reads on, which is no error of ours
         sys.stderr.close()
@@ -98,13 +106,25 @@ def run(main: Callable[[], None]) -> int:
     return 0
 
 
+def _terminate(*_) -> None:
+    raise Stopped(STOPPED, 143)
+
+
 def _complain(error) -> int:
     print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
 
 
-def find_device(name: str) -> torch.device:
-    """The device for a `--device` value: auto, cpu, cuda, cuda:N or mps. Raises InputError if it is not there."""
+def find_device(name: str, deterministic: bool = False) -> torch.device:
+    """The device for a `--device` value: auto, cpu, cuda, cuda:N or mps. Raises InputError if it is not there.
+
+    With `deterministic`, its kernels are those that give the same bits every time; PyTorch warns by name of any that
+    has no such form.
+    """
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else
                             "mps" if torch.backends.mps.is_available() else "cpu")

@@ -74,6 +74,16 @@ class RunOptions:
     tensorboard: bool = option(False, "write scalars, alphas and cells for TensorBoard too (pip install tensorboard)")
 
 
+@dataclass
+class KeepOptions:
+    """what keeps the run"""
+
+    checkpoint_minutes: float = option(10.0, "between two writings of resume.pt within an epoch", low=0.0)
+    on_nan: str = option("stop", "a loss or gradient that is NaN or infinite stops the run and names the batch, or "
+                         "that step is skipped, which makes a GPU wait at every step", choices=["stop", "skip"])
+    deterministic: bool = option(False, "on a GPU, kernels that give the same bits every time; slower")
+
+
 # What the paper trains derived networks with, on CIFAR-10 and on ImageNet; without gamma, a cosine ends at 0.
 RECIPES = {
     "cifar": {"init_channels": 36, "layers": 20, "epochs": 600, "batch_size": 96, "learning_rate": 0.025,

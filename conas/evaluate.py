@@ -3,7 +3,7 @@ import csv
 import hashlib
 import io
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,6 +23,8 @@ from conas.files import atomic_path, write_text
 from conas.run import best_checkpoint, folder_name, list_checkpoints
 from conas.spaces import Space
 from conas.splits import stratified_split
+
+TOGETHER = 8  # networks in memory at a time
 
 
 def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -94,16 +96,24 @@ def load_scores(path: Path) -> Scores:
     return scores
 
 
-@torch.inference_mode()
 def predict(network: nn.Module, images: ImageSet, batch_size: int, device: torch.device,
             indices: Tensor | None = None, workers: int = 0, crop: int | None = None) -> Tensor:
     """Logits (N, K), float32 on the CPU, of a network in evaluation mode, for all images or those of `indices`.
 
     `crop` is the side of the central square that the network looks at (default: all of the image).
     """
-    network = network.to(device, memory_format=torch.channels_last).eval()
-    logits = [network(x) for x, _ in images.batches(batch_size, device, indices, workers, crop)]
-    return torch.cat(logits).float().cpu()
+    return predict_all([network], images, batch_size, device, indices, workers, crop)[0]
+
+
+@torch.inference_mode()
+def predict_all(networks: Sequence[nn.Module], images: ImageSet, batch_size: int, device: torch.device,
+                indices: Tensor | None = None, workers: int = 0, crop: int | None = None) -> list[Tensor]:
+    """The logits of several networks, each as of `predict`, from one pass over the images."""
+    networks = [network.to(device, memory_format=torch.channels_last).eval() for network in networks]
+    batches = tqdm(images.batches(batch_size, device, indices, workers, crop), desc="images", unit="batch", delay=3,
+                   total=-(-len(images if indices is None else indices) // batch_size), leave=False, disable=None)
+    logits = [[network(x) for network in networks] for x, _ in batches]
+    return [torch.cat(own).float().cpu() for own in zip(*logits)]
 
 
 def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torch.device, workers: int = 0,
@@ -136,32 +146,69 @@ def scores_for(space: Space, path: Path, options: TestOptions, split: str = "tes
     weights have not seen. Checkpoints of searches and of retraining are alike. Raises InputError for a checkpoint
     that is damaged or of another space, and for "valid" if its weights have seen all training images.
     """
-    suffix = "" if split == "test" else f".{split}"
-    stored = path.parent.parent / "probabilities" / f"{path.stem}{suffix}.npz"
-    digest = checkpoints.sha256(path)
-    if stored.exists():
-        scores = load_scores(stored)
-        if scores.checkpoint_sha256 == digest and scores.space == space.name:
-            return scores
-    checkpoint = checkpoints.load(path)
-    network = checkpoints.restore(path, checkpoint, space.name, space.network)
-    about = checkpoint["dataset"]
-    images = load_images(path, about, options.data, "test" if split == "test" else "train")
-    indices, fingerprint = None, images.fingerprint
-    if split == "valid":
-        portions = [about["train_portion"], 1 - about["train_portion"]]
-        indices = stratified_split(images.labels, portions, about["split_seed"])[1]
-        if len(indices) == 0:
-            raise InputError(f"{path}: its weights have seen all training images; train with --valid_portion above 0")
-        fingerprint = hashlib.sha256(fingerprint.encode() + indices.numpy().tobytes()).hexdigest()
-    scores = Scores(
-        logits=predict(network, images, options.batch_size, find_device(options.device), indices, options.workers,
-                       about.get("crop")),
-        labels=images.labels if indices is None else images.labels[indices], space=space.name,
-        stage=checkpoint["stage"], epoch=checkpoint["epoch"], seed=checkpoint["seed"], split=split,
-        checkpoint_sha256=digest, dataset=about["name"], fingerprint=fingerprint, classes=list(images.info.classes))
-    save_scores(stored, scores)
+    return scores_for_all([(space, path)], options, split)[0]
+
+
+def scores_for_all(members: Iterable[tuple[Space, Path]], options: TestOptions, split: str = "test") -> list[Scores]:
+    """The scores of several checkpoints, each as of `scores_for`; the images are read once for TOGETHER of them."""
+    questions = [_Question(space, path, split) for space, path in members]
+    scores = [question.stored() for question in questions]
+    missing = [i for i, found in enumerate(scores) if found is None]
+    for start in range(0, len(missing), TOGETHER):
+        alike: dict[tuple, list[int]] = {}  # checkpoints that look at the same images in the same way
+        for i in missing[start:start + TOGETHER]:
+            alike.setdefault(questions[i].prepare(options), []).append(i)
+        for group in alike.values():
+            first = questions[group[0]]
+            logits = predict_all([questions[i].network for i in group], first.images, options.batch_size,
+                                 find_device(options.device), first.indices, options.workers, first.crop)
+            for i, own in zip(group, logits):
+                scores[i] = questions[i].answer(own)
     return scores
+
+
+class _Question:
+    """What the checkpoint at `path` says of a split."""
+
+    def __init__(self, space: Space, path: Path, split: str):
+        self.space, self.path, self.split, self.digest = space, path, split, checkpoints.sha256(path)
+        suffix = "" if split == "test" else f".{split}"
+        self.file = path.parent.parent / "probabilities" / f"{path.stem}{suffix}.npz"
+
+    def stored(self) -> Scores | None:
+        """The stored scores, if they are of this checkpoint."""
+        scores = load_scores(self.file) if self.file.exists() else None
+        fits = scores is not None and scores.checkpoint_sha256 == self.digest and scores.space == self.space.name
+        return scores if fits else None
+
+    def prepare(self, options: TestOptions) -> tuple:
+        """Load network and images. Questions that give equal results can be answered in one pass."""
+        self.checkpoint = checkpoints.load(self.path)
+        self.network = checkpoints.restore(self.path, self.checkpoint, self.space.name, self.space.network)
+        about = self.checkpoint["dataset"]
+        self.images = load_images(self.path, about, options.data, "test" if self.split == "test" else "train")
+        self.indices, self.crop, self.fingerprint = None, about.get("crop"), self.images.fingerprint
+        if self.split == "valid":
+            portions = [about["train_portion"], 1 - about["train_portion"]]
+            self.indices = stratified_split(self.images.labels, portions, about["split_seed"])[1]
+            if len(self.indices) == 0:
+                raise InputError(f"{self.path}: its weights have seen all training images; train with --valid_portion "
+                                 "above 0")
+            digest = hashlib.sha256(self.fingerprint.encode() + self.indices.numpy().tobytes())
+            self.fingerprint = digest.hexdigest()
+        return id(self.images), self.crop, self.fingerprint
+
+    def answer(self, logits: Tensor) -> Scores:
+        """Store the scores, and let go of the network."""
+        checkpoint, images, indices = self.checkpoint, self.images, self.indices
+        scores = Scores(
+            logits=logits, labels=images.labels if indices is None else images.labels[indices], space=self.space.name,
+            stage=checkpoint["stage"], epoch=checkpoint["epoch"], seed=checkpoint["seed"], split=self.split,
+            checkpoint_sha256=self.digest, dataset=checkpoint["dataset"]["name"], fingerprint=self.fingerprint,
+            classes=list(images.info.classes))
+        save_scores(self.file, scores)
+        del self.network, self.checkpoint
+        return scores
 
 
 def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str], None] = tqdm.write) -> list[dict]:

@@ -5,12 +5,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+TEMPORARY = ".*.tmp*"  # matches the names of temporary files
+
 
 @contextmanager
-def atomic_path(path: str | Path) -> Iterator[Path]:
+def atomic_path(path: str | Path, keep: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on a clean exit it replaces `path`, on an error it is removed.
 
-    The temporary keeps the suffix of `path`, because some writers choose their format by it.
+    The temporary keeps the suffix of `path`, because some writers choose their format by it. What was at `path` goes
+    to `keep`, if that is given: at every instant one of the two is whole.
     Raises OSError as the file system does (disk full, read-only folder); `path` is then as it was.
     """
     path = Path(path)
@@ -20,6 +23,8 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
+        if keep is not None and path.exists():
+            os.replace(path, keep)
         os.replace(temporary, path)
     except OSError as error:
         error.filename = str(path)  # a full disk does not say what was being written

@@ -2,7 +2,8 @@
 
     search-EXP/                                     of train_search.py; train-EXP/ is of train.py
         args.json  log.txt  metrics.jsonl           arguments, what was printed, one line of numbers an epoch
-        checkpoints/epoch_000.pt ...  resume.pt     networks by epoch; all that the next epoch needs
+        checkpoints/epoch_000.pt ...                networks by epoch
+        resume.pt  resume.before.pt                 all that the next step needs, and the same of some minutes earlier
         checkpoints/best.pt                         train-EXP: the network that did best on the held-out images
         genotypes/epoch_000.json ...  genotype.json  search-EXP: the cells by epoch, and the last
         cells/                                      search-EXP: pictures of the last cells
@@ -12,24 +13,49 @@ import json
 import re
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import conas
 from conas.errors import InputError
-from conas.files import write_json, write_text
+from conas.files import TEMPORARY, write_json, write_text
 
 # Where and how fast a run computes is free to change between two starts; what it computes is not.
-FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq"}
+FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
+        "checkpoint_minutes", "on_nan", "deterministic"}
 
 
 class Run:
-    """The folder of a run, opened for writing.
+    """The folder of a run, opened for writing. Use it as a context: inside, no other process can open it.
 
-    Raises InputError if the folder holds a run with other arguments, or something that is not a run.
+    Raises InputError if another process has it open, if the folder holds a run with other arguments, or something
+    that is not a run.
     """
 
     def __init__(self, folder: Path, arguments: dict):
-        self.folder = folder
+        self.folder, self.arguments = folder, arguments
+        # The system releases this lock when the process ends, however it ends: it cannot become stale.
+        self._lock = FileLock(folder / ".lock")
+
+    def __enter__(self) -> "Run":
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(f"{self.folder}: another process is at work on this run; wait for it or stop it, or give "
+                             "--save another name") from error
+        try:
+            self._open()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_) -> None:
+        self._lock.release()
+
+    def _open(self) -> None:
+        folder, arguments = self.folder, self.arguments
         path = folder / "args.json"
         if path.exists():
             _compare(folder, read_arguments(folder), arguments)
@@ -37,6 +63,8 @@ class Run:
             raise InputError(f"{folder}: is not empty and holds no run; give --save another name, or move it away")
         else:
             write_json(path, {"version": conas.__version__, "arguments": arguments})
+        for unfinished in folder.rglob(TEMPORARY):  # of a process that was killed while it wrote
+            unfinished.unlink()
 
     def log(self, text: str) -> None:
         """Print a line, above a progress bar if there is one, and keep it in log.txt."""

@@ -64,6 +64,10 @@ class Stream:
         numbers = generator(self.seed, self.name, "order", epoch)
         return self.indices[torch.randperm(len(self.indices), generator=numbers)]
 
+    def shown(self, epoch: int, step: int) -> Tensor:
+        """The indices of the images in batch `step` of `epoch`."""
+        return self.order(epoch)[step * self.batch_size:][:self.batch_size]
+
     def _index_batches(self, start: int) -> Iterator[Tensor]:
         first_epoch, done = divmod(start, self.steps)
         for epoch in count(first_epoch):

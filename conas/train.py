@@ -11,31 +11,33 @@ from conas import arch, photographs
 from conas import checkpoint as checkpoints
 from conas import genotype as genotypes
 from conas.cli import find_device, parse
-from conas.config import DataOptions, HeldOutOptions, NetworkOptions, RecipeOptions, TrainRunOptions
+from conas.config import DataOptions, HeldOutOptions, KeepOptions, NetworkOptions, RecipeOptions, TrainRunOptions
 from conas.data import load
 from conas.errors import InputError
 from conas.evaluate import validate
 from conas.genotype import Genotype
+from conas.keeper import Keeper, seed_generators, set_generators
 from conas.networks import DerivedNetwork, count_parameters
-from conas.progress import Course, announce, cosine
+from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, best_checkpoint, folder_name
 from conas.spaces import Space
 from conas.splits import generator, stratified_split
 from conas.streams import Stream
 
-GROUPS = (DataOptions, NetworkOptions, RecipeOptions, HeldOutOptions, TrainRunOptions)
+GROUPS = (DataOptions, NetworkOptions, RecipeOptions, HeldOutOptions, TrainRunOptions, KeepOptions)
 
 
 def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype], data: DataOptions,
-          shape: NetworkOptions, recipe: RecipeOptions, held_out: HeldOutOptions, options: TrainRunOptions) -> Path:
+          shape: NetworkOptions, recipe: RecipeOptions, held_out: HeldOutOptions, options: TrainRunOptions,
+          keep: KeepOptions) -> Path:
     """Run or continue one training and return its folder. `named` are the genotypes that --arch knows by name."""
-    device = find_device(options.device)
+    device = find_device(options.device, keep.deterministic)
     amp = find_precision(options.amp, device)
     origin = arch.open_origin(shape.init_from) if shape.init_from else None
     genotype, where = arch.choose_cells(space, primitives, named, shape, origin)
     data, shape, recipe = arch.fill_in(data, shape, recipe, origin)
     frequency = options.checkpoint_freq or max(1, round(recipe.epochs / 50))
-    groups = (data, shape, recipe, held_out, options)
+    groups = (data, shape, recipe, held_out, options, keep)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
 
     crop = data.image_size if shape.recipe == "imagenet" else None
@@ -45,69 +47,86 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     stream = Stream(images, parts[0], recipe.batch_size, name="training", seed=options.seed, device=device, crop=crop,
                     cutout_length=recipe.cutout_length if recipe.cutout else 0, drop_last=True, workers=data.workers)
 
-    torch.manual_seed(options.seed)
+    seed_generators(options.seed)
     network = arch.build(shape.recipe, shape.init_channels, shape.layers, shape.auxiliary, images.info,
                          data.image_size, genotype)
-    begun = arch.begin_from(network, origin) if origin else "all weights initialised at random"
+    origin_of_weights = arch.begin_from(network, origin) if origin else "all weights initialised at random"
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum,
                                 weight_decay=recipe.weight_decay, fused=True)
 
-    run = Run(space.train_folder(folder_name(options.save)), arguments)
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "crop": crop,
              "subset": data.subset, "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed}
-    metrics = resume(run, network, optimizer, about)
-    start = len(metrics)
-    if is_finished(metrics, recipe.epochs, held_out.patience):
-        run.log(f"{run.folder}: this training is finished; --save NAME starts another")
+    with Run(space.train_folder(folder_name(options.save)), arguments) as run, \
+            Keeper(run, keep.checkpoint_minutes) as keeper:
+        metrics, begun = resume(keeper, network, optimizer, about)
+        start = len(metrics)
+        if is_finished(metrics, recipe.epochs, held_out.patience):
+            run.log(f"{run.folder}: this training is finished; --save NAME starts another")
+            return run.folder
+        run.log(f"{space.name}: the cells of {where}, {shape.layers} of them, {shape.init_channels} channels, "
+                f"{count_parameters(network):,} parameters; {'resumed' if start or begun else origin_of_weights}")
+        run.log(f"{data.dataset}: {len(parts[0])} images to train on, {len(parts[1])} held out, "
+                f"{images.info.num_classes} classes; epochs {start} to {recipe.epochs - 1} on {device}"
+                f"{' in bfloat16' if amp else ''}{resumed(start, begun)}")
+
+        forward = compiled(network, device, run) if options.compile else network
+        batches = stream.batches(start * stream.steps + (begun["step"] if begun else 0))
+        skip = network if keep.on_nan == "skip" else None
+        for epoch in range(start, recipe.epochs):
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(recipe, epoch)
+            network.drop_path_prob = recipe.drop_path_prob * epoch / recipe.epochs
+            network.train()
+            title = f"{space.name} epoch {epoch} of {recipe.epochs}"
+            course = Course(title, epoch, stream, options.report_freq, skip=skip is not None, state=begun)
+
+            def state(epoch=epoch, course=course) -> dict:
+                return checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about, arguments=arguments,
+                                            primitives=primitives) | {
+                    "optimizer": optimizer.state_dict(), "metrics": metrics, "course": course.state()}
+
+            for step in course:
+                batch = next(batches)
+                # drop path draws from the global generator: with a seed for each step, a resumed run draws the same
+                torch.manual_seed(generator(options.seed, "drop path", epoch, step).initial_seed())
+                course.add(*train_step(forward, optimizer, batch, recipe, shape.auxiliary_weight, amp, skip),
+                           len(batch[1]))
+                if epoch == start and step == 4 and not options.compile:  # compiling happens in the first step
+                    announce(run, course.seconds / 5 * stream.steps * (recipe.epochs - start))
+                keeper.after_step(state)
+
+            row = {"epoch": epoch, "learning_rate": lr, "drop_path_prob": network.drop_path_prob,
+                   "train_loss": course.loss, "train_top1": course.top1, "valid_loss": None, "valid_top1": None}
+            text = f"epoch {epoch:3d}  rate {lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %"
+            if len(parts[1]):
+                with keeper.calm(state), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    row["valid_loss"], row["valid_top1"] = validate(network, images, parts[1], device, data.workers,
+                                                                    crop)
+                text += f"  held out {row['valid_loss']:.4f} {row['valid_top1']:6.2f} %"
+            metrics.append(row | course.remarks())
+            run.log(f"{text}  {course.rate:.0f} images/s")
+            begun = None
+            last = is_finished(metrics, recipe.epochs, held_out.patience)
+            write_epoch(keeper, state() | {"course": None}, last or (epoch + 1) % frequency == 0)
+            if last:
+                break
+        tell_skipped(run, metrics)
+        best = metrics[best_epoch(metrics)]
+        chosen = "the last" if best["valid_top1"] is None else f"{best['valid_top1']:.2f} % of the held-out images"
+        run.log(f"best network: epoch {best['epoch']}, {chosen}: {best_checkpoint(run.folder)}")
         return run.folder
-    run.log(f"{space.name}: the cells of {where}, {shape.layers} of them, {shape.init_channels} channels, "
-            f"{count_parameters(network):,} parameters; {'resumed' if start else begun}")
-    run.log(f"{data.dataset}: {len(parts[0])} images to train on, {len(parts[1])} held out, {images.info.num_classes} "
-            f"classes; epochs {start} to {recipe.epochs - 1} on {device}{' in bfloat16' if amp else ''}")
-
-    forward = compiled(network, device, run) if options.compile else network
-    batches = stream.batches(start * stream.steps)
-    for epoch in range(start, recipe.epochs):
-        optimizer.param_groups[0]["lr"] = lr = learning_rate(recipe, epoch)
-        network.drop_path_prob = recipe.drop_path_prob * epoch / recipe.epochs
-        # drop path draws from the global generator: with a seed for each epoch, a resumed run draws the same
-        torch.manual_seed(generator(options.seed, "drop path", epoch).initial_seed())
-        network.train()
-        title = f"{space.name} epoch {epoch} of {recipe.epochs}"
-        course = Course(title, epoch, stream.steps, options.report_freq, device)
-        for step in course:
-            batch = next(batches)
-            course.add(*train_step(forward, optimizer, batch, recipe, shape.auxiliary_weight, amp), len(batch[1]))
-            if epoch == start and step == 4 and not options.compile:  # compiling happens in the first step
-                announce(run, course.seconds / 5 * stream.steps * (recipe.epochs - start))
-
-        row = {"epoch": epoch, "learning_rate": lr, "drop_path_prob": network.drop_path_prob,
-               "train_loss": course.loss, "train_top1": course.top1, "valid_loss": None, "valid_top1": None}
-        text = f"epoch {epoch:3d}  rate {lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %"
-        if len(parts[1]):
-            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                row["valid_loss"], row["valid_top1"] = validate(network, images, parts[1], device, data.workers, crop)
-            text += f"  held out {row['valid_loss']:.4f} {row['valid_top1']:6.2f} %"
-        metrics.append(row)
-        run.log(f"{text}  {course.rate:.0f} images/s")
-        checkpoint = checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about, arguments=arguments,
-                                          primitives=primitives)
-        last = is_finished(metrics, recipe.epochs, held_out.patience)
-        keep(run, checkpoint, optimizer, metrics, last or (epoch + 1) % frequency == 0)
-        if last:
-            break
-    best = metrics[best_epoch(metrics)]
-    chosen = "the last" if best["valid_top1"] is None else f"{best['valid_top1']:.2f} % of the held-out images"
-    run.log(f"best network: epoch {best['epoch']}, {chosen}: {best_checkpoint(run.folder)}")
-    return run.folder
 
 
 def train_step(forward: Callable, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor],
-               recipe: RecipeOptions, auxiliary_weight: float, amp: bool) -> tuple[Tensor, Tensor]:
-    """One step of SGD. Returns the classifier's loss and its number of right answers, on the device."""
+               recipe: RecipeOptions, auxiliary_weight: float, amp: bool, skip: nn.Module | None = None
+               ) -> tuple[Tensor, Tensor]:
+    """One step of SGD. Returns the classifier's loss and its number of right answers, on the device.
+
+    A loss or gradient that is not finite leaves the network `skip` as it was, if that is given.
+    """
     images, labels = batch
+    before = snapshot(skip) if skip is not None else None
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         outputs = forward(images)
         logits, auxiliary = outputs if isinstance(outputs, tuple) else (outputs, None)
@@ -116,9 +135,7 @@ def train_step(forward: Callable, optimizer: torch.optim.Optimizer, batch: tuple
             total = loss + auxiliary_weight * cross_entropy(auxiliary, labels, label_smoothing=recipe.label_smooth)
     optimizer.zero_grad(set_to_none=True)
     total.backward()
-    nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], recipe.grad_clip)
-    optimizer.step()
-    return loss.detach(), (logits.argmax(dim=1) == labels).sum()
+    return descend(optimizer, loss, recipe.grad_clip, before), (logits.argmax(dim=1) == labels).sum()
 
 
 def learning_rate(recipe: RecipeOptions, epoch: int) -> float:
@@ -172,29 +189,34 @@ def is_finished(metrics: list[dict], epochs: int, patience: int | None) -> bool:
     return len(metrics) >= epochs or (patience is not None and waited >= patience)
 
 
-def keep(run: Run, checkpoint: dict, optimizer: torch.optim.Optimizer, metrics: list[dict], lasting: bool) -> None:
-    """Write an epoch to disk. `resume.pt` comes last: what it does not know of is done again."""
+def write_epoch(keeper: Keeper, state: dict, lasting: bool) -> None:
+    """Write an epoch to disk. `resume.pt` comes after what it stands for: what it does not know of is done again."""
+    run, checkpoint = keeper.run, {name: state[name] for name in checkpoints.FIELDS}
     if lasting:
-        checkpoints.save(run.path("checkpoints", checkpoint["epoch"], ".pt"), checkpoint)
-    if best_epoch(metrics) == checkpoint["epoch"]:
+        checkpoints.save(run.path("checkpoints", state["epoch"], ".pt"), checkpoint)
+    if best_epoch(state["metrics"]) == state["epoch"]:
         checkpoints.save(run.folder / "checkpoints" / "best.pt", checkpoint)
-    checkpoints.save(run.folder / "resume.pt", checkpoint | {"optimizer": optimizer.state_dict(), "metrics": metrics})
-    run.write_metrics(metrics)
+    keeper.save(state)
+    run.write_metrics(state["metrics"])
 
 
-def resume(run: Run, network: DerivedNetwork, optimizer: torch.optim.Optimizer, about: dict) -> list[dict]:
-    """Put the state after the run's last epoch into network and optimizer. Returns the metrics so far."""
-    checkpoint = checkpoints.load_resume(run.folder, about)
-    if checkpoint is None:
-        return []
-    path = run.folder / "resume.pt"
-    if checkpoint["genotype"] != genotypes.to_json(network.genotype()):
-        raise InputError(f"{path}: this run began with other cells than those it would train now; restore them, or "
-                         "give --save another name")
-    network.load_state_dict(checkpoints.restore_derived(path, checkpoint).state_dict())
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    run.write_metrics(checkpoint["metrics"])
-    return checkpoint["metrics"]
+def resume(keeper: Keeper, network: DerivedNetwork, optimizer: torch.optim.Optimizer, about: dict
+           ) -> tuple[list[dict], dict | None]:
+    """Put the run's last state into network and optimizer.
+
+    Returns the metrics of the epochs that are done, and the state of the course of the one that is not.
+    """
+    state = keeper.load(about)
+    if state is None:
+        return [], None
+    if state["genotype"] != genotypes.to_json(network.genotype()):
+        raise InputError(f"{keeper.path}: this run began with other cells than those it would train now; restore them, "
+                         "or give --save another name")
+    network.load_state_dict(checkpoints.restore_derived(keeper.path, state).state_dict())
+    optimizer.load_state_dict(state["optimizer"])
+    keeper.run.write_metrics(state["metrics"])
+    set_generators(state["random"])  # at last: building networks draws from them
+    return state["metrics"], state["course"]
 
 
 def main(folder: Path, module, description: str, default: str | None = None, argv: list[str] | None = None) -> None:

@@ -11,7 +11,9 @@ from PIL import Image
 
 from conas.data import load
 from conas.errors import InputError
-from ensemble.network import load_committee
+from conas.networks import NetworkCIFAR
+from conas.published import GENOTYPES
+from ensemble.network import CommitteeNetwork, load_committee
 from ensemble.predict import find_images, predict, read_image
 from tests.untrained import committee_clone  # noqa: F401
 
@@ -137,3 +139,19 @@ def test_the_fitted_committee_is_the_one_that_answers(committee_clone, digits): 
             assert row["mutual_information"] == pytest.approx(float(expected["mutual_information"]), abs=1e-5)
     finally:
         subprocess.run([sys.executable, "test_ensemble.py"], cwd=committee_clone.root, check=True, capture_output=True)
+
+
+@torch.inference_mode()
+def test_members_look_at_their_central_squares():
+    """Members that were trained on crops of photographs beside one that looks at the whole image."""
+    torch.manual_seed(0)
+    members = [NetworkCIFAR(4, 3, 3, False, GENOTYPES["DARTS"]).eval() for _ in range(2)]
+    about = {"name": "folder", "classes": ["a", "b", "c"], "image_size": 40}
+    network = CommitteeNetwork(members, ["whole", "crop"], about, "mean_softmax", weights=[0.5, 0.5],
+                               temperatures=[1.0, 1.0], temperature=1.0, crops=[None, 32])
+    images = torch.randint(256, (5, 3, 40, 40), dtype=torch.uint8)
+    mean, std = (torch.tensor(v)[:, None, None] for v in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    x = (images / 255 - mean) / std
+    expected = (members[0](x).softmax(1) + members[1](x[:, :, 4:36, 4:36]).softmax(1)) / 2
+    torch.testing.assert_close(network(images), expected, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(members[1](x).softmax(1), members[1](x[:, :, 4:36, 4:36]).softmax(1), atol=1e-4)
