@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
 from conas.recurrent_genotype import ACTIVATIONS, EDGES, STEPS, Genotype, check, derive
-from conas.sequence import Plan, run_cell, run_supernet
+from conas.mixed_sequence import run_supernet
+from conas.sequence import Plan, run_cell
 
 INIT_RANGE = 0.04
 
@@ -150,14 +151,16 @@ class RecurrentSupernet(LanguageModel):
         super().__init__(words, units, RecurrentCell(units, STEPS, normalised=True))
         self.alphas_recurrent = nn.Parameter(1e-3 * torch.randn(EDGES, len(self.primitives)))
         self.frozen = False  # see `conas.supernet.frozen_statistics`
-        self._active = [k for k, name in enumerate(self.primitives) if name in ACTIVATIONS]
+        self._active = [k for k, name in enumerate(self.primitives) if name not in ("none", "identity")]
 
     def run(self, x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         bn = self.rnns[0].bn
-        probabilities = self.alphas_recurrent.softmax(dim=1)[:, self._active]
+        softmax = self.alphas_recurrent.softmax(dim=1)
+        identity = [softmax[:, k] for k, name in enumerate(self.primitives) if name == "identity"]
+        probabilities = torch.cat([sum(identity, torch.zeros_like(softmax[:, 0]))[:, None], softmax[:, self._active]], 1)
         statistics = None if self.training else (bn.running_mean, bn.running_var)
         outputs, means, variances = run_supernet(x, hidden, W_hidden, Ws, mask, probabilities,
-                                                 [self.primitives[k] for k in self._active], statistics, bn.eps)
+                                                 ["identity", *(self.primitives[k] for k in self._active)], statistics, bn.eps)
         if self.training and not self.frozen:
             self._follow(means, variances * (len(hidden) / (len(hidden) - 1)))
         return outputs

@@ -7,7 +7,8 @@ from torch import nn
 
 from benchmarks import textbook_rnn
 from conas.errors import InputError
-from conas.language import DropoutOptions, draw_masks, text_loss, weight_step
+from conas.language import draw_masks, text_loss, weight_step
+from conas.language_options import DropoutOptions
 from conas.recurrent import Masks, RecurrentNetwork, TextBatch
 from conas.recurrent_genotype import EDGES, Genotype, derive, from_json
 from conas.sequence import Plan
