@@ -35,7 +35,10 @@ class Bilevel:
     `optimizer` is the SGD of the weights: the virtual step reads its momentum, velocity and weight decay, so that
     it is the step that the weights are about to take. Nothing here changes weights or BatchNorm statistics.
     `hvp` is how `hessian_vector` multiplies: "difference" or "exact".
+    A subclass for networks that do not classify images has another `loss`.
     """
+
+    betas = (0.5, 0.999)  # of the alphas' Adam
 
     def __init__(self, network: Supernet, optimizer: torch.optim.SGD, *, arch_learning_rate: float = 3e-4,
                  arch_weight_decay: float = 1e-3, unrolled: bool = True, hvp: str = "difference"):
@@ -46,7 +49,7 @@ class Bilevel:
         self._flat = torch.cat([w.detach().reshape(-1) for w in self._weights])
         parts = self._flat.split([w.numel() for w in self._weights])
         self._parts = [part.view_as(w) for part, w in zip(parts, self._weights)]
-        self.alpha_optimizer = torch.optim.Adam(self._alphas, lr=arch_learning_rate, betas=(0.5, 0.999),
+        self.alpha_optimizer = torch.optim.Adam(self._alphas, lr=arch_learning_rate, betas=self.betas,
                                                 weight_decay=arch_weight_decay)
 
     def hypergradient(self, train: Batch, valid: Batch, xi: float) -> Tensor:
@@ -88,18 +91,18 @@ class Bilevel:
     def grad_weights(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_w L(w, a) on `batch`."""
         w = w.detach().requires_grad_()
-        (gradient,) = distributed.averaged(torch.autograd.grad(self._loss(batch, w), [w]), len(batch[1]))
+        (gradient,) = distributed.averaged(torch.autograd.grad(self.loss(batch, w), [w]), len(batch[1]))
         return gradient
 
     def grad_alpha(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_a L(w, a) on `batch`; no gradient of the weights is computed."""
-        gradient = _flatten(torch.autograd.grad(self._loss(batch, w.detach()), self._alphas))
+        gradient = _flatten(torch.autograd.grad(self.loss(batch, w.detach()), self._alphas))
         return distributed.averaged([gradient], len(batch[1]))[0]
 
     def grad_alpha_and_weights(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
         """grad_a L(w, a) and grad_w L(w, a) on `batch`, in one pass."""
         w = w.detach().requires_grad_()
-        *alphas, weights = torch.autograd.grad(self._loss(batch, w), [*self._alphas, w])
+        *alphas, weights = torch.autograd.grad(self.loss(batch, w), [*self._alphas, w])
         alphas, weights = distributed.averaged([_flatten(alphas), weights], len(batch[1]))
         return alphas, weights
 
@@ -116,12 +119,13 @@ class Bilevel:
         """The left side of equation 8, by double backward: the gradient of (grad_w L . d) by the alphas."""
         w = w.detach().requires_grad_()
         with twice_differentiable():
-            (gradient,) = torch.autograd.grad(self._loss(batch, w), [w], create_graph=True)
+            (gradient,) = torch.autograd.grad(self.loss(batch, w), [w], create_graph=True)
             product = _flatten(torch.autograd.grad(gradient, self._alphas, d))
         (product,) = distributed.averaged([product], len(batch[1]))
         return product
 
-    def _loss(self, batch: Batch, w: Tensor) -> Tensor:
+    def loss(self, batch: Batch, w: Tensor) -> Tensor:
+        """L(w, a) on `batch` with the weights in the flat vector `w`: the mean cross-entropy in nats, `weighed`."""
         images, labels = batch
         return distributed.weighed(cross_entropy(self.network.with_weights(images, w), labels), len(labels))
 

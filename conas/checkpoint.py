@@ -39,8 +39,11 @@ FIELDS = {"format": str, "version": str, "torch": str, "stage": str, "space": st
 
 def describe(network: Supernet | DerivedNetwork, *, space: str, epoch: int, dataset: dict, arguments: dict,
              primitives: Sequence[str] | None = None) -> dict:
-    """The checkpoint of a network after `epoch`, ready for `save`. A derived network needs its space's primitives."""
-    derived = isinstance(network, DerivedNetwork)
+    """The checkpoint of a network after `epoch`, ready for `save`. A derived network needs its space's primitives.
+
+    Language models go the same way; `conas.language_files` reads theirs.
+    """
+    derived = not hasattr(network, "alphas")
     return {
         "format": FORMAT, "version": conas.__version__, "torch": str(torch.__version__),
         "stage": "train" if derived else "search", "space": space,
@@ -136,7 +139,7 @@ def restore(path: str | Path, checkpoint: dict, space: str, network_class: type[
     if checkpoint["primitives"] != list(network_class.primitives):
         raise InputError(f"{path}: searched over {', '.join(checkpoint['primitives'])}, but genotypes.py of {space} "
                          f"now lists {', '.join(network_class.primitives)}; restore that list or search again")
-    return _rebuild(path, checkpoint, network_class, checkpoint["network"])
+    return rebuild(path, checkpoint, network_class, checkpoint["network"])
 
 
 def restore_derived(path: str | Path, checkpoint: dict) -> DerivedNetwork:
@@ -146,10 +149,10 @@ def restore_derived(path: str | Path, checkpoint: dict) -> DerivedNetwork:
                          "those")
     genotype = genotypes.from_json(checkpoint["genotype"], str(path), OPERATIONS)
     arguments = {name: value for name, value in checkpoint["network"].items() if name != "kind"}
-    return _rebuild(path, checkpoint, NETWORKS[checkpoint["network"]["kind"]], arguments | {"genotype": genotype})
+    return rebuild(path, checkpoint, NETWORKS[checkpoint["network"]["kind"]], arguments | {"genotype": genotype})
 
 
-def _rebuild(path: str | Path, checkpoint: dict, network_class: type, arguments: dict) -> Supernet | DerivedNetwork:
+def rebuild(path: str | Path, checkpoint: dict, network_class: type, arguments: dict) -> Supernet | DerivedNetwork:
     try:
         if fields.is_large(checkpoint):
             with torch.device("meta"):  # takes no memory, whatever size the file claims, but half a second

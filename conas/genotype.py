@@ -94,7 +94,7 @@ def from_json(obj, where: str, operations: Collection[str]) -> Genotype:
     fields = {}
     for name, value in obj.items():
         concat = name.endswith("_concat")
-        right = _is_index if concat else _is_edge
+        right = is_index if concat else is_edge
         if not isinstance(value, list) or not all(right(item) for item in value):
             item = "state numbers" if concat else "[operation, state number] pairs"
             raise InputError(f"{where}: {name} must be a list of {item}")
@@ -104,12 +104,12 @@ def from_json(obj, where: str, operations: Collection[str]) -> Genotype:
     return check(Genotype(**fields), where, operations)
 
 
-def _is_index(item) -> bool:
+def is_index(item) -> bool:
     return type(item) is int and 0 <= item < 1000
 
 
-def _is_edge(item) -> bool:
-    return isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and _is_index(item[1])
+def is_edge(item) -> bool:
+    return isinstance(item, list) and len(item) == 2 and isinstance(item[0], str) and is_index(item[1])
 
 
 def save(path: str | Path, genotype: Genotype) -> None:

@@ -28,14 +28,18 @@ class Layout(NamedTuple):
     size: Point
 
 
-def layout(edges: Sequence[Edge], concat: Sequence[int]) -> Layout:
-    """Place a cell. Its items are the states and, numbered after them, the tracks of the arrows."""
+def layout(edges: Sequence[Edge], concat: Sequence[int], targets: Sequence[int] | None = None) -> Layout:
+    """Place a cell. Its items are the states and, numbered after them, the tracks of the arrows.
+
+    `targets` are the states that the edges lead to, ascending from 2; by default two edges lead to each.
+    """
+    targets = [2 + i // 2 for i in range(len(edges))] if targets is None else targets
     column = [0, 0]
-    for (_, a), (_, b) in zip(edges[::2], edges[1::2]):
-        column.append(2 + max(column[a], column[b]))
+    for _, into in itertools.groupby(zip(edges, targets), key=lambda pair: pair[1]):
+        column.append(2 + max(column[source] for (_, source), _ in into))
     output = len(column)
     column.append(1 + max(column))
-    ends = [(source, 2 + i // 2) for i, (_, source) in enumerate(edges)] + [(state, output) for state in concat]
+    ends = [(source, target) for (_, source), target in zip(edges, targets)] + [(state, output) for state in concat]
     tracks = [range(column[source] + 1, column[target]) for source, target in ends]
     label_at: dict[int, int] = {}  # a long arrow has its label where there are fewest, else close to its target
     for i in sorted(range(len(edges)), key=lambda i: len(tracks[i])):

@@ -1,6 +1,6 @@
 """Rebuild parity fixtures: the numbers that a correct DARTS reproduces in float64.
 
-    python -m tests.parity tests/space1_seed0.npz tests/space2_seed0.npz tests/space3_seed0.npz
+    python -m tests.parity tests/*_seed0.npz
 
 One line for each quantity, with its relative error |ours - expected| / |expected|. Exits 1 if one is above its
 tolerance, 2 if a file cannot be read. A fixture holds outputs only; weights and inputs are drawn here, in the
@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 from conas.genotype import EDGES, Genotype, from_json, to_json
 from conas.networks import NetworkCIFAR, NetworkImageNet, count_parameters
 from conas.operations import OPERATIONS
+from conas.recurrent import TextBatch
 from conas.supernet import frozen_statistics
 
 LOGITS, HYPERGRADIENT, FLOAT32 = 1e-7, 1e-6, 1e-3  # tolerances
@@ -137,6 +138,35 @@ def derived_quantities(fixture: dict, dtype: torch.dtype = torch.float64) -> Ite
         yield "imagenet/logits_eval", network.eval()(x), LOGITS
 
 
+def recurrent_quantities(fixture: dict, dtype: torch.dtype = torch.float64) -> Iterator[Quantity]:
+    """The recipe's recurrent fixture: two published cells, one step of the search's alphas, the genotype."""
+    seed, T, B, units, words = (int(fixture[name]) for name in ("seed", "T", "batch", "nhid", "ntoken"))
+    rng = np.random.default_rng(seed + 1)
+    genotypes = import_module("rnn.genotypes")
+
+    def draw_tokens() -> Tensor:
+        return torch.from_numpy(rng.integers(0, words, (T, B)))
+
+    for name in ("DARTS_V1", "DARTS_V2"):
+        network = import_module("rnn.model").Network(words, units, getattr(genotypes, name)).to(dtype).eval()
+        fill(network, seed)
+        with torch.no_grad():
+            log_prob, hidden = network(draw_tokens(), network.initial(B))
+        yield f"{name}/log_prob", log_prob, LOGITS
+        yield f"{name}/hidden", hidden[None], LOGITS
+
+    network = import_module("rnn.model_search").Network(words, units).to(dtype).train()
+    fill(network, seed + 2)
+    set_alphas(network, [torch.from_numpy(0.5 * rng.standard_normal((36, 5))).to(dtype)])
+    x, y, xv, yv = (draw_tokens() for _ in range(4))
+    optimizer = torch.optim.SGD(network.weights().values(), lr=20.0, weight_decay=5e-7)
+    architect = import_module("rnn.architect").Architect(network, optimizer)
+    architect.step(TextBatch(x, y, network.initial(B)), TextBatch(xv, yv, network.initial(B)), 20.0)
+    yield "search/hypergradient", network.alphas_recurrent.grad, HYPERGRADIENT
+    yield "search/weights_after", network.alphas_recurrent, LOGITS  # DARTS' code calls these alphas weights
+    yield "search/genotype_json", to_json(network.genotype()), 0.0
+
+
 def relative_error(ours, expected: np.ndarray) -> float:
     """|ours - expected| / |expected| in the 2-norm; 0 or 1 for genotypes."""
     if expected.dtype.kind == "U":
@@ -159,10 +189,11 @@ def report(path: str) -> bool:
     """Print a fixture's quantities; True if all are within their tolerances."""
     fixture = read_fixture(path)
     if "nhid" in fixture:
-        print(f"{Path(path).name}  not yet: recurrent cells are not part of this version")
-        return True
+        quantities = recurrent_quantities(fixture)
+    else:
+        quantities = chain(search_quantities(fixture), derived_quantities(fixture))
     right = True
-    for name, ours, tolerance in chain(search_quantities(fixture), derived_quantities(fixture)):
+    for name, ours, tolerance in quantities:
         error = relative_error(ours, fixture[name])
         right &= error <= tolerance
         print(f"{Path(path).name}  {name:30s} {error:9.2e}  {'ok' if error <= tolerance else f'ABOVE {tolerance:g}'}")

@@ -7,25 +7,27 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity import FLOAT32, read_fixture, relative_error, search_quantities
+from tests.parity import FLOAT32, read_fixture, recurrent_quantities, relative_error, search_quantities
 
-FIXTURES = sorted(Path(__file__).parent.glob("space*_seed0.npz"))
+FIXTURES = sorted(Path(__file__).parent.glob("*_seed0.npz"))
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_command_passes_and_notices_a_wrong_number(path, tmp_path):
     fixture = read_fixture(path)
-    fixture["step1/hypergradient_reduce"] = fixture["step1/hypergradient_reduce"] * (1 + 3e-6)
+    changed = "search/hypergradient" if "nhid" in fixture else "step1/hypergradient_reduce"
+    fixture[changed] = fixture[changed] * (1 + 3e-6)
     np.savez(tmp_path / "wrong.npz", **fixture)
     for name, code in ((path, 0), (tmp_path / "wrong.npz", 1)):
         done = subprocess.run([sys.executable, "-m", "tests.parity", name], capture_output=True, text=True)
         assert done.returncode == code, done.stdout + done.stderr
         above = [line.split()[1] for line in done.stdout.splitlines() if "ABOVE" in line]
-        assert above == ([] if code == 0 else ["step1/hypergradient_reduce"])
+        assert above == ([] if code == 0 else [changed])
 
 
 @pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
 def test_float32_logits(path):
     fixture = read_fixture(path)
-    name, logits, _ = next(iter(search_quantities(fixture, torch.float32)))
+    quantities = recurrent_quantities if "nhid" in fixture else search_quantities
+    name, logits, _ = next(iter(quantities(fixture, torch.float32)))
     assert relative_error(logits, fixture[name]) < FLOAT32
