@@ -91,19 +91,19 @@ class Bilevel:
     def grad_weights(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_w L(w, a) on `batch`."""
         w = w.detach().requires_grad_()
-        (gradient,) = distributed.averaged(torch.autograd.grad(self.loss(batch, w), [w]), len(batch[1]))
+        (gradient,) = distributed.averaged(torch.autograd.grad(self.loss(batch, w), [w]), self.count(batch))
         return gradient
 
     def grad_alpha(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_a L(w, a) on `batch`; no gradient of the weights is computed."""
         gradient = _flatten(torch.autograd.grad(self.loss(batch, w.detach()), self._alphas))
-        return distributed.averaged([gradient], len(batch[1]))[0]
+        return distributed.averaged([gradient], self.count(batch))[0]
 
     def grad_alpha_and_weights(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
         """grad_a L(w, a) and grad_w L(w, a) on `batch`, in one pass."""
         w = w.detach().requires_grad_()
         *alphas, weights = torch.autograd.grad(self.loss(batch, w), [*self._alphas, w])
-        alphas, weights = distributed.averaged([_flatten(alphas), weights], len(batch[1]))
+        alphas, weights = distributed.averaged([_flatten(alphas), weights], self.count(batch))
         return alphas, weights
 
     def hessian_vector(self, batch: Batch, w: Tensor, d: Tensor) -> Tensor:
@@ -121,13 +121,17 @@ class Bilevel:
         with twice_differentiable():
             (gradient,) = torch.autograd.grad(self.loss(batch, w), [w], create_graph=True)
             product = _flatten(torch.autograd.grad(gradient, self._alphas, d))
-        (product,) = distributed.averaged([product], len(batch[1]))
+        (product,) = distributed.averaged([product], self.count(batch))
         return product
 
     def loss(self, batch: Batch, w: Tensor) -> Tensor:
         """L(w, a) on `batch` with the weights in the flat vector `w`: the mean cross-entropy in nats, `weighed`."""
         images, labels = batch
-        return distributed.weighed(cross_entropy(self.network.with_weights(images, w), labels), len(labels))
+        return distributed.weighed(cross_entropy(self.network.with_weights(images, w), labels), self.count(batch))
+
+    def count(self, batch: Batch) -> int:
+        """What the mean in `loss` is over: the images of `batch` that this process has."""
+        return len(batch[1])
 
 
 def _flatten(tensors: Iterable[Tensor]) -> Tensor:
