@@ -28,7 +28,7 @@ _stores: list[dist.Store] = []  # torchrun's, once the processes have joined; it
 @contextmanager
 def processes() -> Iterator[None]:
     """Join the processes that torchrun started, if it did. Only the first of them has a standard output."""
-    if not {"RANK", "MASTER_ADDR"} <= os.environ.keys() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     store, rank, size = next(iter(rendezvous("env://")))
@@ -70,7 +70,7 @@ def _name_of_start(store: dist.Store, rank: int, size: int) -> str:
 
 def size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:

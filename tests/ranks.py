@@ -21,7 +21,7 @@ from conas import distributed, evaluate, files, synced, train
 from conas.architect import Batch
 from conas.config import RecipeOptions
 from conas.data import load
-from conas.errors import InputError
+from conas.errors import InputError, Stopped
 from conas.evaluate import predict
 from conas.networks import NetworkCIFAR
 from conas.operations import OPERATIONS
@@ -195,7 +195,7 @@ def main(folder: Path) -> None:
     found |= {"scripts": scripts(folder, "two"), "stray": strays(folder), "errors": errors(folder)}
     tests(folder, "copy")
     torch.save(found, folder / f"rank{distributed.rank()}.pt")
-    print("rank", distributed.rank())
+    print(f"rank {distributed.rank()} is done")
 
 
 if __name__ == "__main__":
@@ -203,3 +203,8 @@ if __name__ == "__main__":
     assert int(os.environ["WORLD_SIZE"]) == 2
     with distributed.processes():
         main(Path(sys.argv[1]))
+        if distributed.rank() == 0:  # the other one leaves here
+            try:
+                distributed.gather("anybody?")
+            except Stopped as stop:
+                print(f"rank 0: exit code {stop.code} without the other")
