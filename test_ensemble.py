@@ -19,7 +19,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from conas import cli
+from conas import cli, distributed
 from conas.cli import option
 from conas.config import STAGES, TestOptions
 from conas.errors import InputError
@@ -110,6 +110,8 @@ def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Spa
             committee.probabilities, rival.probabilities, committee.labels)}
     shift = measure_shift({name: pool[name] for name in committee.members}, committee, options) if ours.shift else None
 
+    if distributed.rank():
+        return  # the first process has all that the others have computed
     summary = report.assemble(epochs, committee, left_out, fitted, significance, shift)
     print(report.as_text(summary))
     paths = report.write(folder, summary, committee)
@@ -166,8 +168,7 @@ def score(pool: Pool, options: TestOptions, split: str = "test") -> dict[str, Sc
 
 
 def progress(things: Iterable, title: str) -> tqdm:
-    # disable=None: a bar on a terminal, silence in a file
-    return tqdm(things, desc=title, unit="checkpoint", leave=False, disable=None)
+    return tqdm(things, desc=title, unit="checkpoint", leave=False, disable=distributed.quiet())
 
 
 def paths_of(pool: Pool) -> dict[str, str]:

@@ -143,5 +143,18 @@ def begin_from(network: DerivedNetwork, origin: Origin) -> str:
             f"there but not loaded: {_modules(unused)}")
 
 
+def seen_before(origin: Origin | None, about: dict) -> str:
+    """What to add to the log if an origin's weights may have been trained on images that a run holds out.
+
+    `about` describes the images of the run, as its checkpoints do.
+    """
+    there = origin.checkpoint["dataset"] if origin and origin.checkpoint else about
+    if about["train_portion"] == 1 or any(there[name] != about[name] for name in ("name", "classes")) or all(
+            there.get(name) == about[name] for name in ("fingerprint", "train_portion", "split_seed")):
+        return ""
+    return ("; it was trained on another part of this data set, or the set has changed since, so that it may have seen "
+            "images that are held out now, and their figures may flatter")
+
+
 def _modules(names: list[str]) -> str:
     return ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in names)) or "nothing"

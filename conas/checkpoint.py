@@ -6,22 +6,26 @@ A checkpoint holds what is needed to rebuild its network without a command line:
 
 `stage` is "search" for a supernet and "train" for a derived network. `network` are the constructor's arguments, for
 derived networks with their `kind` among NETWORKS; `dataset` describes the images (name, classes, ...), `state` is the
-`state_dict`, alphas included. A file NAME.safetensors holds `state`, and the other fields as JSON in its metadata.
+`state_dict`, alphas included. A file NAME.safetensors holds `state`, and the other fields as JSON in its metadata,
+with a CRC-32 of everything. Both kinds are checked for flipped bits when they are read; files of DARTS' own code that
+PyTorch wrote before version 1.6, and .safetensors files of other programs, have no checksum.
 """
 import hashlib
 import io
 import json
 import warnings
-from collections.abc import Sequence
+import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import conas
+from conas import fields
 from conas import genotype as genotypes
 from conas.errors import InputError
-from conas.files import atomic_path
+from conas.files import atomic_path, check_regular, check_zip
 from conas.networks import NETWORKS, DerivedNetwork
 from conas.operations import OPERATIONS
 from conas.supernet import Supernet
@@ -81,18 +85,28 @@ def check(path: str | Path, content: object) -> dict:
     for name, kind in FIELDS.items():
         if not isinstance(content.get(name), kind):
             raise InputError(f"{path}: its field {name!r} is missing or not a {kind.__name__}")
-    return content
+    return fields.check(path, content)
 
 
 def read(path: str | Path) -> object:
     """Whatever is in a file of tensors and plain values, on the CPU. Raises InputError if that cannot be read."""
+    try:
+        check_regular(path)
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\3\4"
+    except OSError as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror or error})"
+        raise InputError(f"{path}: no such checkpoint{reason}") from error
     if Path(path).suffix == SAFETENSORS:
         return _read_safetensors(path)
+    if zipped:
+        try:
+            check_zip(path)
+        except ValueError as error:
+            raise InputError(f"{path}: damaged ({error}); delete it, or copy a good one here") from error
     try:
         with warnings.catch_warnings(action="ignore"):  # torch muses about damaged files before it fails on them
             return torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(f"{path}: no such checkpoint") from error
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise InputError(f"{path}: refused, since it is damaged or holds more than tensors and plain values; nothing "
                          "in it was run. Delete it, or copy a good one here") from error
@@ -105,7 +119,7 @@ def published_state(path: str | Path, content: object) -> dict[str, Tensor]:
     """
     if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
         content = content["state_dict"]
-    if not isinstance(content, dict) or not content or not all(isinstance(t, Tensor) for t in content.values()):
+    if not content or not fields.is_state(content):
         raise InputError(f"{path}: holds neither a CoNAS checkpoint nor a state_dict; copy a good one here")
     return {name.removeprefix("module."): tensor for name, tensor in content.items()}
 
@@ -130,7 +144,7 @@ def restore(path: str | Path, checkpoint: dict, space: str, network_class: type[
 
 def restore_derived(path: str | Path, checkpoint: dict) -> DerivedNetwork:
     """The derived network of a loaded checkpoint of any space. Raises InputError for a supernet."""
-    if checkpoint["stage"] != "train" or checkpoint["network"].get("kind") not in NETWORKS:
+    if checkpoint["stage"] != "train" or checkpoint["network"].get("kind") not in list(NETWORKS):
         raise InputError(f"{path}: is of the stage {checkpoint['stage']!r}, and no retrained network; train.py writes "
                          "those")
     genotype = genotypes.from_json(checkpoint["genotype"], str(path), OPERATIONS)
@@ -140,9 +154,12 @@ def restore_derived(path: str | Path, checkpoint: dict) -> DerivedNetwork:
 
 def rebuild(path: str | Path, checkpoint: dict, network_class: type, arguments: dict) -> Supernet | DerivedNetwork:
     try:
+        if fields.is_large(checkpoint):
+            with torch.device("meta"):  # takes no memory, whatever size the file claims, but half a second
+                fields.check_shapes(checkpoint["state"], network_class(**arguments).state_dict())
         network = network_class(**arguments)
         network.load_state_dict(checkpoint["state"])
-    except (TypeError, RuntimeError, ValueError, AttributeError) as error:
+    except (TypeError, RuntimeError, ValueError, AttributeError, ArithmeticError, LookupError, AssertionError) as error:
         raise InputError(f"{path}: its tensors do not fit its own description; copy a good one here") from error
     return network
 
@@ -153,6 +170,7 @@ def export(path: str | Path, checkpoint: dict) -> None:
         raise InputError(f"--export {path}: the name must end in {SAFETENSORS}")
     metadata = {name: json.dumps(checkpoint[name]) for name in FIELDS if name != "state"}
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in checkpoint["state"].items()}
+    metadata["crc32"] = f"{_crc32(metadata, state):08x}"
     with atomic_path(path) as temporary:
         temporary.write_bytes(_safetensors().torch.save(state, metadata))
 
@@ -161,12 +179,27 @@ def _read_safetensors(path: str | Path) -> dict:
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(path, "pt") as file:
-            fields = {name: json.loads(text) for name, text in (file.metadata() or {}).items() if name in FIELDS}
-            return fields | {"state": {name: file.get_tensor(name) for name in file.keys()}}  # noqa: SIM118
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such checkpoint") from error
-    except (OSError, ValueError, RecursionError, safetensors.SafetensorError) as error:
+            metadata = {name: text for name, text in (file.metadata() or {}).items() if name in (*FIELDS, "crc32")}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        checksum = metadata.pop("crc32", None)
+        content = {name: json.loads(text) for name, text in metadata.items()} | {"state": state}
+        if checksum != f"{_crc32(metadata, state):08x}" and (checksum or is_ours(content)):
+            raise ValueError("it does not have the checksum that it was written with")
+        return content
+    except Exception as error:  # damaged bytes can make it raise anything
         raise InputError(f"{path}: damaged ({error}); copy a good one here") from error
+
+
+def _crc32(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> int:
+    """Of all names, texts, shapes and bytes."""
+    crc = 0
+    for name in sorted(metadata):
+        crc = zlib.crc32(f"{name}\0{metadata[name]}\0".encode(), crc)
+    for name in sorted(state):
+        tensor = state[name]
+        crc = zlib.crc32(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
 
 
 def _safetensors():
@@ -179,6 +212,10 @@ def _safetensors():
 
 
 def sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, in hex."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """The SHA-256 of a file's bytes, in hex. Raises InputError if it cannot be read."""
+    try:
+        check_regular(path)
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); copy a good one here") from error

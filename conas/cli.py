@@ -3,6 +3,7 @@ import argparse
 import dataclasses
 import difflib
 import errno
+import io
 import os
 import signal
 import sys
@@ -12,7 +13,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from conas.errors import InputError, Stopped
+from conas import distributed
+from conas.errors import InputError, Stopped, one_line
 
 STOPPED = "stopped; start the same command again to go on from what was kept"
 
@@ -76,6 +78,8 @@ def _check_range(field: dataclasses.Field, value) -> None:
         # `not >=` rather than `<`, so that NaN is refused
         if low is not None and not value >= low:
             raise InputError(f"--{field.name} {value}: must be at least {low}")
+        if isinstance(value, int) and abs(value) >= 2**63:
+            raise InputError(f"--{field.name} {value}: must have at most 18 digits")
         if high is not None and not value <= high:
             raise InputError(f"--{field.name} {value}: must be at most {high}")
         if field.metadata["even"] and value % 2:
@@ -83,22 +87,31 @@ def _check_range(field: dataclasses.Field, value) -> None:
 
 
 def run(main: Callable[[], None]) -> int:
-    """Call `main` and return the exit code: 0, 2 for the user's errors (one line on stderr), 130 and 143 if stopped."""
+    """Call `main` and return the exit code: 0, 2 for the user's errors (one line on stderr), 130 and 143 if stopped.
+
+    Under torchrun `main` runs in all processes; 1 is the code of one that has lost another.
+    """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         signal.signal(signal.SIGTERM, _terminate)
-        main()
+        with distributed.processes():
+            main()
     except InputError as error:
         return _complain(error)
     except Stopped as stop:
-        print(f"\n{stop}", file=sys.stderr)
+        _say(f"\n{stop}")
         return stop.code
     except KeyboardInterrupt:
-        print(f"\n{STOPPED}", file=sys.stderr)
+        _say(f"\n{STOPPED}")
         return 130
     except BrokenPipeError:  # `python test_all.py | head`: nobody reads on, which is no error of ours
         sys.stderr.close()
         return 1
     except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
+                           errno.EIO) and error.filename:
+            return _complain(f"{error.filename}: {error.strerror}; name another file or folder")
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
             raise
         return _complain(f"{error.filename or 'output'}: {error.strerror}; nothing earlier was changed. "
@@ -111,8 +124,13 @@ def _terminate(*_) -> None:
 
 
 def _complain(error) -> int:
-    print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+    _say(f"error: {one_line(error)}")
     return 2
+
+
+def _say(text: str) -> None:
+    if distributed.says_it_first(text):
+        print(text, file=sys.stderr)
 
 
 def find_device(name: str, deterministic: bool = False) -> torch.device:
@@ -125,6 +143,8 @@ def find_device(name: str, deterministic: bool = False) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.backends.cudnn.benchmark = False
+    if distributed.size() > 1:
+        return _own_device(name)
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else
                             "mps" if torch.backends.mps.is_available() else "cpu")
@@ -139,4 +159,18 @@ def find_device(name: str, deterministic: bool = False) -> torch.device:
                          "use --device cpu or auto")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise InputError(f"--device {name}: no Metal device here; use --device cpu or auto")
+    return device
+
+
+def _own_device(name: str) -> torch.device:
+    """Of one among several processes: on GPUs each has its own."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"--device {name}: several processes use auto, cpu or cuda, which gives each a GPU of its own")
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if distributed.local_rank() >= torch.cuda.device_count():
+        raise InputError(f"--device {name}: torchrun started more processes here than the {torch.cuda.device_count()} "
+                         "CUDA devices that this machine shows; give a smaller --nproc-per-node, or --device cpu")
+    device = torch.device("cuda", distributed.local_rank())
+    torch.cuda.set_device(device)
     return device

@@ -2,10 +2,12 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from conas import distributed
 from conas.cli import option
 from conas.data import DATASETS
 
 ROOT = Path(__file__).resolve().parent.parent
+SKIP = "leave out image files that cannot be read, and list them; all are decoded once at the start"
 
 
 @dataclass
@@ -19,6 +21,7 @@ class DataOptions:
                                     "imagenet, 32 for other photographs)", low=8, high=1024)
     subset: int | None = option(None, "use only this many images of each split, for trial runs", low=2)
     workers: int = option(2, "processes that decode images, for data sets too large for memory", low=0, high=256)
+    skip_bad_images: bool = option(False, SKIP)
 
 
 @dataclass
@@ -46,7 +49,7 @@ class WeightOptions:
     """weights: SGD"""
 
     epochs: int = option(50, "passes over the training half", low=1)
-    batch_size: int = option(64, "images in a batch, of each half", low=2)
+    batch_size: int = option(64, "images in a batch, of each half; over all processes", low=2)
     learning_rate: float = option(0.025, "of epoch 0, falling along a cosine; also the virtual step's xi", low=0.0)
     learning_rate_min: float = option(0.001, "where the cosine ends", low=0.0)
     momentum: float = option(0.9, "of SGD", low=0.0, high=1.0)
@@ -82,6 +85,21 @@ class KeepOptions:
     on_nan: str = option("stop", "a loss or gradient that is NaN or infinite stops the run and names the batch, or "
                          "that step is skipped, which makes a GPU wait at every step", choices=["stop", "skip"])
     deterministic: bool = option(False, "on a GPU, kernels that give the same bits every time; slower")
+
+
+@dataclass
+class ProcessOptions:
+    """several processes, started by torchrun; for one alone these change nothing"""
+
+    sync_bn: bool = option(False, "BatchNorm by the statistics of the whole batch, as in one process, and not of each "
+                           "process's part of it")
+    scale_lr: bool = option(False, "multiply the learning rates of the weights by the number of processes, though "
+                            "--batch_size is that of all together")
+
+    @property
+    def lr_scale(self) -> int:
+        """What learning rates are multiplied by."""
+        return distributed.size() if self.scale_lr else 1
 
 
 # What the paper trains derived networks with, on CIFAR-10 and on ImageNet; without gamma, a cosine ends at 0.
@@ -125,7 +143,7 @@ class RecipeOptions:
     """recipe: SGD, and what keeps large networks from overfitting"""
 
     epochs: int | None = recipe_option("epochs", "passes over the training images", low=1)
-    batch_size: int | None = recipe_option("batch_size", "images in a batch", low=2)
+    batch_size: int | None = recipe_option("batch_size", "images in a batch, over all processes", low=2)
     learning_rate: float | None = recipe_option("learning_rate", "of epoch 0", low=0.0)
     gamma: float | None = recipe_option("gamma", "the learning rate is multiplied by this every --decay_period epochs; "
                                         "None lets it fall along a cosine to 0", low=0.0, high=1.0)
@@ -196,3 +214,4 @@ class TestOptions:
     batch_size: int = option(256, "images in a batch", low=1)
     workers: int = option(2, "processes that decode images, for data sets too large for memory", low=0, high=256)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
+    skip_bad_images: bool = option(False, f"{SKIP} (default: as the network was trained)")

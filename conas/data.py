@@ -1,7 +1,10 @@
 """Image sets: `load` gives one split of a data set by its name, with everything that depends on the data set."""
 import hashlib
-from collections.abc import Iterable, Iterator
+import sys
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -12,12 +15,15 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
+from conas import distributed
 from conas.augment import central, normalise
-from conas.errors import InputError
-from conas.sources import READERS, SPLIT_SEED, ImageFiles
+from conas.errors import InputError, one_line
+from conas.imagefiles import ImageFiles
+from conas.sources import READERS, SPLIT_SEED
 from conas.splits import stratified_split
 
 MEMORY_LIMIT = 4 * 2**30  # bytes of decoded images; a larger set is decoded batch by batch
+LISTED = 100              # images that cannot be read, by name
 
 
 @dataclass(frozen=True)
@@ -72,10 +78,13 @@ class LazyImages:
 
 
 class ImageSet:
-    """One split: `images` uint8 (N, C, H, W), or LazyImages if too many for memory, and `labels` int64 (N,)."""
+    """One split: `images` uint8 (N, C, H, W), or LazyImages if too many for memory, and `labels` int64 (N,).
 
-    def __init__(self, info: DataInfo, images: Tensor | LazyImages, labels: Tensor):
-        self.info, self.images, self.labels = info, images, labels
+    `names` are those of the images' files, if each is a file.
+    """
+
+    def __init__(self, info: DataInfo, images: Tensor | LazyImages, labels: Tensor, names: list[str] | None = None):
+        self.info, self.images, self.labels, self.names = info, images, labels, names
         self._copies: dict[torch.device, tuple[Tensor, Tensor]] = {}
 
     def __len__(self) -> int:
@@ -89,7 +98,8 @@ class ImageSet:
         images = self.images.source if isinstance(self.images, LazyImages) else self.images
         if isinstance(images, ImageFiles):
             for name in images.names:
-                digest.update(f"{name}\0{(images.root / name).stat().st_size}\0".encode())
+                size = (images.root / name).stat().st_size
+                digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
         else:
             digest.update(images.contiguous().numpy())
         return digest.hexdigest()
@@ -138,18 +148,20 @@ class _Batches(Dataset):
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | InputError:
         try:
-            return torch.stack([self.images[i] for i in indices]), self.labels[indices]
+            with _quiet():
+                return torch.stack([self.images[i] for i in indices]), self.labels[indices]
         except InputError as error:
             return error  # raised here, it would reach the user inside a worker's traceback
 
 
-def load(dataset: str, root: str | Path, split: str, image_size: int | None = None, subset: int | None = None
-         ) -> ImageSet:
+def load(dataset: str, root: str | Path, split: str, image_size: int | None = None, subset: int | None = None,
+         skip_bad_images: bool = False) -> ImageSet:
     """The split "train" or "test" of a data set in DATASETS, from files below `root`, downloaded if need be.
 
     `image_size` resizes the images; `subset` leaves that many of them, the same ones each time and as near as
     possible the same part of every class. Raises InputError for unknown names, wrong sizes, and for files that
-    are missing or damaged.
+    are missing or damaged. `skip_bad_images` leaves out image files that cannot be read, and lists them on stderr;
+    the others stay in the splits and the order that they would be in.
     """
     if dataset not in DATASETS:
         raise InputError(f"--dataset {dataset}: unknown; choose from {', '.join(sorted(DATASETS))}")
@@ -167,24 +179,70 @@ def load(dataset: str, root: str | Path, split: str, image_size: int | None = No
     info = replace(DATASETS[dataset], classes=classes)
     if image_size is not None:
         info = replace(info, image_size=image_size)
-    return ImageSet(info, _hold(images, info), labels)
+    N = len(labels)
+    right = not isinstance(images, Tensor) or (images.dtype == torch.uint8 and images.shape[1:2] == (info.channels,)
+                                               and images.ndim == 4 and min(images.shape[2:]) > 0)
+    if not right or len(images) != N or not N or labels.min() < 0 or labels.max() >= len(classes):
+        raise InputError(f"{root}: the files of {dataset} hold other images or labels than they should; take them away "
+                         "and start again")
+    held, bad = _hold(images, info, skip_bad_images)
+    names = images.names if isinstance(images, ImageFiles) else None
+    if bad:
+        good = torch.tensor([i for i in range(N) if i not in bad], dtype=torch.int64)
+        _tell(bad, classes, labels, labels[good], split)
+        held = LazyImages(images[good], info.image_size) if isinstance(held, LazyImages) else held[good]
+        names, labels = [names[i] for i in good.tolist()], labels[good]
+    return ImageSet(info, held, labels, names)
 
 
-def _hold(images: Tensor | ImageFiles, info: DataInfo) -> Tensor | LazyImages:
-    """The images, decoded and resized now if all of them fit into memory."""
-    lazy = LazyImages(images, info.image_size)
+def _hold(images: Tensor | ImageFiles, info: DataInfo, skip: bool) -> tuple[Tensor | LazyImages, dict[int, InputError]]:
+    """The images, decoded and resized now if all of them fit into memory, and what is wrong with some.
+
+    Without `skip` the first image that cannot be read raises its InputError: now, or when its batch is made. With it,
+    all files are decoded now, even if only to see whether that is possible.
+    """
+    lazy, bad = LazyImages(images, info.image_size), {}
     shape = (len(images), info.channels, info.image_size, info.image_size)
-    if torch.Size(shape).numel() > MEMORY_LIMIT:
-        return lazy
-    if isinstance(images, Tensor) and images.shape == shape:
-        return images
-    held = torch.empty(shape, dtype=torch.uint8)
+    large = torch.Size(shape).numel() > MEMORY_LIMIT
+    if isinstance(images, Tensor) and (large or images.shape == shape):
+        return (lazy if large else images), bad
+    if large and not skip:
+        return lazy, bad
+    held = None if large else torch.empty(shape, dtype=torch.uint8)
 
     def fill(i: int) -> None:
-        held[i] = lazy[i]
+        try:
+            image = lazy[i]
+        except InputError as error:
+            if not skip:
+                raise
+            bad[i] = error
+            return
+        if held is not None:
+            held[i] = image
 
-    with ThreadPoolExecutor() as pool:  # decoders and resizing release Python's lock
+    with _quiet(), ThreadPoolExecutor() as pool:  # decoders and resizing release Python's lock
         for _ in tqdm(pool.map(fill, range(len(lazy))), total=len(lazy), desc=f"{info.name}: decoding", leave=False,
-                      disable=None):
+                      disable=distributed.quiet()):
             pass
-    return held
+    return (lazy if large else held), bad
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without Pillow's remarks about oddities of files that it can read nevertheless."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module="PIL")
+        yield
+
+
+def _tell(bad: dict[int, InputError], classes: Sequence[str], before: Tensor, after: Tensor, split: str) -> None:
+    """List images that are left out. Raises InputError if no image of a class is left."""
+    print(f"--skip_bad_images: {len(bad)} of {len(before)} images of the {split} split are left out:", file=sys.stderr)
+    for _, error in sorted(bad.items())[:LISTED]:
+        print(f"    {one_line(error)}", file=sys.stderr)
+    if len(bad) > LISTED:
+        print(f"    and {len(bad) - LISTED} more", file=sys.stderr)
+    left = torch.bincount(after, minlength=len(classes))
+    if gone := [classes[i] for i in before.unique().tolist() if not left[i]]:
+        raise InputError(f"--skip_bad_images: leaves no image of {', '.join(gone)} in the {split} split; repair some")

@@ -16,6 +16,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, pad
 
+from conas.fused import fused
+from conas.synced import Pool
+
 SMALL = 2**19  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
 
 
@@ -33,17 +36,17 @@ def interleave(x: Tensor) -> Tensor:
     return x.reshape(N // 4, 2 * H, 2 * W, C)
 
 
-def convolve(x: Tensor, weights: Sequence[Tensor], stride: int = 1, dilation: int = 1, centred: bool = False
+def convolve(x: Tensor, weights: Sequence[Tensor], stride: int = 1, dilation: int = 1, centred: Pool | None = None
              ) -> tuple[Tensor, Tensor | None]:
     """Depthwise convolutions with odd square kernels and "same" padding, for groups of C channels.
 
     Each weight (G*C, 1, k, k) serves G groups. x (S, N, H, W, C) holds the inputs of all groups of all weights if S is
     their number; else S states, each read by G/S groups of every weight.
-    Returns z (all groups, N, ceil(H/stride), ceil(W/stride), C) and, if `centred`, its mean (all groups, 1, C), which
-    is then subtracted from z. `centred` is for use ahead of BatchNorm only: the gradient is right if that of z has mean
-    zero.
+    Returns z (all groups, N, ceil(H/stride), ceil(W/stride), C) and, if `centred`, its mean (all groups, 1, C) over the
+    images of that pool, which is then subtracted from z. `centred` is for use ahead of BatchNorm only: the gradient is
+    right if that of z has mean zero.
     """
-    return _Convolve.apply(x, stride, dilation, centred, *weights)
+    return fused(_Convolve, x, stride, dilation, centred, *weights)
 
 
 class _Convolve(torch.autograd.Function):
@@ -53,6 +56,8 @@ class _Convolve(torch.autograd.Function):
         ctx.settings = settings = stride, dilation, _is_small(x)
         shares = _share(x, weights)
         means = [_mean(part, weight, stride, dilation) for part, weight in shares] if centred else []
+        if centred:
+            means = centred.mean(torch.cat(means)).split([len(mean) for mean in means])
         z = []
         for i, (part, weight) in enumerate(shares):
             blocks = _blocks(part, weight, settings[2])

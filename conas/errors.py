@@ -11,3 +11,10 @@ class Stopped(Exception):
     def __init__(self, message: str, code: int):
         super().__init__(message)
         self.code = code
+
+
+def one_line(text: object, longest: int = 2000) -> str:
+    """A text as one line without control characters, since part of it may come out of a hostile file."""
+    text = " ".join(str(text).split())
+    text = text if len(text) <= longest else f"{text[:longest // 2]} ... {text[-longest // 2:]}"
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

@@ -2,7 +2,6 @@
 import csv
 import hashlib
 import io
-import zipfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,12 +14,14 @@ from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from conas import checkpoint as checkpoints
+from conas import distributed
 from conas.cli import find_device, parse
 from conas.config import STAGES, StageOptions, TestOptions
 from conas.data import ImageSet, load
 from conas.errors import InputError
-from conas.files import atomic_path, write_text
+from conas.files import atomic_path, check_regular, check_zip, write_text
 from conas.run import best_checkpoint, folder_name, list_checkpoints
+from conas.sources import is_split_here
 from conas.spaces import Space
 from conas.splits import stratified_split
 
@@ -79,6 +80,8 @@ def save_scores(path: Path, scores: Scores) -> None:
 def load_scores(path: Path) -> Scores:
     """Read scores. Raises InputError naming the file if it is missing, damaged or incomplete."""
     try:
+        check_regular(path)
+        check_zip(path)
         with np.load(path, allow_pickle=False) as file:
             scores = Scores(
                 logits=torch.from_numpy(file["logits"]), labels=torch.from_numpy(file["labels"]),
@@ -86,21 +89,28 @@ def load_scores(path: Path) -> Scores:
                 seed=int(file["seed"]), split=str(file["split"]),
                 checkpoint_sha256=str(file["checkpoint_sha256"]), dataset=str(file["dataset"]),
                 fingerprint=str(file["fingerprint"]), classes=file["classes"].tolist())
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+    except Exception as error:  # damaged bytes can make NumPy raise anything
         raise InputError(f"{path}: cannot be read as probabilities ({error}); delete it and start test_all.py again"
                          ) from error
-    if (scores.logits.ndim != 2 or scores.logits.dtype != torch.float32 or scores.labels.dtype != torch.int64
-            or scores.logits.shape != (len(scores.labels), len(scores.classes))):
+    N = len(scores.labels) if scores.labels.ndim == 1 else 0
+    K = len(scores.classes) if _are_names(scores.classes) else 0
+    if (not N or not K or scores.logits.dtype != torch.float32 or scores.labels.dtype != torch.int64
+            or scores.logits.shape != (N, K) or scores.labels.min() < 0 or scores.labels.max() >= K):
         raise InputError(f"{path}: its logits, labels and classes do not fit together; delete it and start "
                          "test_all.py again")
     return scores
+
+
+def _are_names(classes: object) -> bool:
+    return isinstance(classes, list) and all(isinstance(name, str) for name in classes)
 
 
 def predict(network: nn.Module, images: ImageSet, batch_size: int, device: torch.device,
             indices: Tensor | None = None, workers: int = 0, crop: int | None = None) -> Tensor:
     """Logits (N, K), float32 on the CPU, of a network in evaluation mode, for all images or those of `indices`.
 
-    `crop` is the side of the central square that the network looks at (default: all of the image).
+    `crop` is the side of the central square that the network looks at (default: all of the image). Several processes
+    call it alike: each computes the logits of its part of the images, and all get all of them.
     """
     return predict_all([network], images, batch_size, device, indices, workers, crop)[0]
 
@@ -110,10 +120,13 @@ def predict_all(networks: Sequence[nn.Module], images: ImageSet, batch_size: int
                 indices: Tensor | None = None, workers: int = 0, crop: int | None = None) -> list[Tensor]:
     """The logits of several networks, each as of `predict`, from one pass over the images."""
     networks = [network.to(device, memory_format=torch.channels_last).eval() for network in networks]
-    batches = tqdm(images.batches(batch_size, device, indices, workers, crop), desc="images", unit="batch", delay=3,
-                   total=-(-len(images if indices is None else indices) // batch_size), leave=False, disable=None)
-    logits = [[network(x) for network in networks] for x, _ in batches]
-    return [torch.cat(own).float().cpu() for own in zip(*logits)]
+    indices = torch.arange(len(images)) if indices is None else indices
+    own = indices[distributed.part(len(indices))]
+    batches = tqdm(images.batches(batch_size, device, own, workers, crop) if len(own) else (), desc="images",
+                   unit="batch", delay=3, total=-(-len(own) // batch_size), leave=False, disable=distributed.quiet())
+    logits = [[network(x).float() for network in networks] for x, _ in batches]
+    parts = distributed.gather([torch.cat(of_one).cpu() for of_one in zip(*logits)])
+    return [torch.cat(of_one) for of_one in zip(*filter(None, parts))]
 
 
 def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torch.device, workers: int = 0,
@@ -126,16 +139,27 @@ def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torc
 _load = lru_cache(maxsize=2)(load)  # all checkpoints of a run are tested on the same images
 
 
-def load_images(path: Path, about: dict, data: str | None, split: str) -> ImageSet:
+def load_images(path: Path, about: dict, data: str | None, split: str, skip_bad_images: bool = False) -> ImageSet:
     """A split of the data set that the checkpoint at `path` describes; `data` is where it is now, if it was moved.
 
-    Raises InputError if it has other classes than the network knows.
+    Raises InputError if it has other classes than the network knows, or if its training images have changed since,
+    where that matters: for the training split, and for test images that were set aside from the same folder.
     """
-    root = data or about["root"]
-    images = _load(about["name"], root, split, about["image_size"], about["subset"])
+    root = Path(data or about["root"]).expanduser()
+    if data is None and about["name"] != "digits" and not root.is_dir():
+        raise InputError(f"{path}: its images were in {root}, and there is no such folder; name theirs with --data")
+    skip = skip_bad_images or about.get("skip_bad_images", False)
+    images = _load(about["name"], root, split, about["image_size"], about["subset"], skip)
     if list(images.info.classes) != about["classes"]:
         raise InputError(f"{root}: has the classes {', '.join(images.info.classes)}, but {path} was trained on "
                          f"{', '.join(about['classes'])}; name the right folder with --data")
+    if split == "train" or is_split_here(about["name"], root):
+        trained = images if split == "train" else _load(about["name"], root, "train", about["image_size"],
+                                                        about["subset"], skip)
+        if trained.fingerprint != about["fingerprint"]:
+            raise InputError(f"{root}: its training images have changed since {path} was trained on them (or another "
+                             "version of Pillow decodes them), so nobody knows which images it has not seen; restore "
+                             "them, or name their folder with --data")
     return images
 
 
@@ -177,16 +201,24 @@ class _Question:
 
     def stored(self) -> Scores | None:
         """The stored scores, if they are of this checkpoint."""
-        scores = load_scores(self.file) if self.file.exists() else None
-        fits = scores is not None and scores.checkpoint_sha256 == self.digest and scores.space == self.space.name
-        return scores if fits else None
+        def kept() -> dict | None:
+            scores = load_scores(self.file) if self.file.exists() else None
+            fits = scores and (scores.checkpoint_sha256, scores.space) == (self.digest, self.space.name)
+            return vars(scores) if fits else None
+
+        fields = distributed.from_first(kept)
+        return Scores(**fields) if fields else None
 
     def prepare(self, options: TestOptions) -> tuple:
         """Load network and images. Questions that give equal results can be answered in one pass."""
         self.checkpoint = checkpoints.load(self.path)
         self.network = checkpoints.restore(self.path, self.checkpoint, self.space.name, self.space.network)
         about = self.checkpoint["dataset"]
-        self.images = load_images(self.path, about, options.data, "test" if self.split == "test" else "train")
+        if self.split == "valid" and not {"train_portion", "split_seed"} <= about.keys():
+            raise InputError(f"{self.path}: does not say which training images were held out; train again")
+        self.images = distributed.in_turn(
+            lambda: load_images(self.path, about, options.data, "test" if self.split == "test" else "train",
+                                options.skip_bad_images))
         self.indices, self.crop, self.fingerprint = None, about.get("crop"), self.images.fingerprint
         if self.split == "valid":
             portions = [about["train_portion"], 1 - about["train_portion"]]
@@ -206,7 +238,8 @@ class _Question:
             stage=checkpoint["stage"], epoch=checkpoint["epoch"], seed=checkpoint["seed"], split=self.split,
             checkpoint_sha256=self.digest, dataset=checkpoint["dataset"]["name"], fingerprint=self.fingerprint,
             classes=list(images.info.classes))
-        save_scores(self.file, scores)
+        if distributed.rank() == 0:
+            save_scores(self.file, scores)
         del self.network, self.checkpoint
         return scores
 
@@ -214,12 +247,12 @@ class _Question:
 def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str], None] = tqdm.write) -> list[dict]:
     """Test every checkpoint of a run; one row for each: epoch, loss (nats), top1, top5 (percent).
 
-    Rows go to `show` as they come, and to test_all.csv in the run's folder.
+    Rows go to `show` as they come, and to test_all.csv in the run's folder. Several processes call it alike.
     """
     folder = run_folder(space, stage, options)
     rows = []
-    # disable=None: a bar on a terminal, silence in a file
-    for epoch, path in tqdm(list_checkpoints(folder).items(), desc=folder.name, unit="checkpoint", disable=None):
+    for epoch, path in tqdm(list_checkpoints(folder).items(), desc=folder.name, unit="checkpoint",
+                            disable=distributed.quiet()):
         scores = scores_for(space, path, options)
         row = {"epoch": epoch, "loss": scores.loss(), "top1": scores.top(1), "top5": scores.top(5)}
         show(f"{space.name}  epoch {epoch:3d}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f} %  "
@@ -229,7 +262,8 @@ def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / "test_all.csv", text.getvalue())
+    if distributed.rank() == 0:
+        write_text(folder / "test_all.csv", text.getvalue())
     show(f"{STAGES[stage]}: {len(rows)} checkpoints, {len(scores.labels)} test images of {scores.dataset}: "
          f"{folder / 'test_all.csv'}")
     if stage == "train":

@@ -14,7 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from conas.fused import fused
 from conas.statistics import Statistics
+from conas.synced import Pool
 
 EPS = 1e-5  # of nn.BatchNorm2d
 
@@ -28,7 +30,7 @@ def halfway(z: Tensor, mean: Tensor | None, weight: Tensor, norms: Sequence[nn.B
     if not statistics.batch:
         scaled, shift = _running_scale(weight, None, norms)
         return torch.baddbmm(shift, _rows(z), scaled).relu().view(z.shape)
-    out, variance = _Halfway.apply(z, weight)
+    out, variance = fused(_Halfway, z, weight, statistics.pool)
     statistics.add(norms, mean, weight, variance, z[0].numel() // z.shape[-1])
     return out
 
@@ -45,7 +47,7 @@ def mix(z: Tensor | None, inner: Tensor | None, mean: Tensor | None, weight: Ten
         out, inner = _sums(z, inner, scaled, plain, q)
         shift = shift.view(-1, len(q), 1, 1, 1, shift.shape[-1]).sum(0)
         return (None, inner + shift) if out is None else (out + shift, inner)
-    out, inner, variance = _Mix.apply(z, inner, weight, p, plain, q)
+    out, inner, variance = fused(_Mix, z, inner, weight, p, plain, q, statistics.pool)
     pixels = (out if inner is None else inner)[0].numel() // weight.shape[-1]
     statistics.add(norms, mean, weight, variance, pixels)
     return out, inner
@@ -55,7 +57,7 @@ def _running_scale(weight, p, norms):
     """`scaled` (K, C in, C out) and `shift` (K, 1, C) with p BatchNorm(W z) = z scaled + shift."""
     mean, variance = Statistics.running(norms)
     scale = (variance + EPS).rsqrt() if p is None else (variance + EPS).rsqrt() * p[:, None, None]
-    return scale * weight.transpose(1, 2), -scale * mean
+    return (scale * weight.transpose(1, 2)).to(weight.dtype), (-scale * mean).to(weight.dtype)
 
 
 def _rows(z: Tensor) -> Tensor:
@@ -75,11 +77,15 @@ def _mean(g: Tensor) -> Tensor:
 
 
 class _Folded:
-    """`scaled` (K, C in, C out) with p BatchNorm(W z) = z scaled, from the batch."""
+    """`scaled` (K, C in, C out) with p BatchNorm(W z) = z scaled, from the batch.
 
-    def __init__(self, weight: Tensor, p: Tensor | None, products: Tensor, pixels: int):
-        self.weight, self.p, self.pixels = weight.transpose(1, 2), p, pixels
-        self.covariance = products.div_(pixels)
+    `products` and `pixels` are this process's part of the pool's. So are `d_scaled` and the gradients by weight and p
+    that come of it: their sum over processes is taken with that of all weights. What goes back to z is of the whole.
+    """
+
+    def __init__(self, weight: Tensor, p: Tensor | None, products: Tensor, pixels: int, pool: Pool):
+        self.weight, self.p, self.pixels, self.pool = weight.transpose(1, 2), p, pool.count(pixels), pool
+        self.covariance = pool.sum(products).div_(self.pixels)
         self.variance = (torch.bmm(self.covariance, self.weight) * self.weight).sum(1, keepdim=True)
         self.rstd = (self.variance + EPS).rsqrt_()
         self.scale = self.rstd if p is None else self.rstd * p[:, None, None]
@@ -90,17 +96,17 @@ class _Folded:
         gradient by z that comes through its covariance."""
         d_scale = (d_scaled * self.weight).sum(1, keepdim=True)
         d_p = None if self.p is None else (self.rstd * d_scale).sum((1, 2))
-        half = (self.scale * self.rstd * self.rstd * d_scale) * self.weight  # -2 d_variance W
-        d_weight = (self.scale * d_scaled).baddbmm_(self.covariance, half, alpha=-1)
-        matrix = torch.bmm(half, self.weight.transpose(1, 2)).div_(-self.pixels)
+        through = self.scale * self.rstd * self.rstd * d_scale  # -2 d_variance
+        d_weight = (self.scale * d_scaled).baddbmm_(self.covariance, through * self.weight, alpha=-1)
+        matrix = torch.bmm(self.pool.sum(through) * self.weight, self.weight.transpose(1, 2)).div_(-self.pixels)
         return d_weight.transpose(1, 2), d_p, matrix
 
 
 class _Halfway(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, weight):
+    def forward(ctx, z, weight, pool):
         rows = _rows(z)
-        ctx.folded = folded = _Folded(weight, None, _products(rows, rows), rows.shape[1])
+        ctx.folded = folded = _Folded(weight, None, _products(rows, rows), rows.shape[1], pool)
         out = torch.bmm(rows, folded.scaled).relu_().view(z.shape)
         ctx.save_for_backward(z, out)
         ctx.mark_non_differentiable(folded.variance)
@@ -112,17 +118,18 @@ class _Halfway(torch.autograd.Function):
         z, out = ctx.saved_tensors
         rows = _rows(z)
         grad = _rows(torch.ops.aten.threshold_backward(grad, out, 0))
-        grad -= _mean(grad)  # z is centred, so its gradient is
+        grad -= ctx.folded.pool.mean(_mean(grad))  # z is centred, so its gradient is
         d_weight, _, matrix = ctx.folded.backward(_products(rows, grad))
         d_z = torch.bmm(rows, matrix).baddbmm_(grad, ctx.folded.scaled.transpose(1, 2))
-        return d_z.view(z.shape), d_weight
+        return d_z.view(z.shape), d_weight, None
 
 
 class _Mix(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, inner, weight, p, plain, q):
+    def forward(ctx, z, inner, weight, p, plain, q, pool):
         rows = [_rows(m) for m in (z, inner) if m is not None]
-        ctx.folded = folded = _Folded(weight, p, torch.cat([_products(m, m) for m in rows]), rows[0].shape[1])
+        products = torch.cat([_products(m, m) for m in rows])
+        ctx.folded = folded = _Folded(weight, p, products, rows[0].shape[1], pool)
         sums = _sums(z, inner, folded.scaled, plain, q)
         ctx.save_for_backward(z, inner, plain, q)
         ctx.mark_non_differentiable(folded.variance)
@@ -142,12 +149,12 @@ class _Mix(torch.autograd.Function):
         for i, (m, g) in enumerate([(z, grad), (inner, grad_inner)]):
             if m is not None:
                 d_maps[i] = torch.empty_like(m)
-                g = _rows(g) - _mean(_rows(g))  # z is centred, so its gradient is
+                g = _rows(g) - folded.pool.mean(_mean(_rows(g)))  # z is centred, so its gradient is
                 terms += [(part, d, g) for part, d in zip(_rows(m).split(E), _rows(d_maps[i]).split(E))]
         d_weight, d_p, matrix = folded.backward(torch.cat([_products(part, g) for part, _, g in terms]))
         for (part, d, g), through, scaled in zip(terms, matrix.split(E), folded.scaled.split(E)):
             torch.bmm(part, through, out=d).baddbmm_(g, scaled.transpose(1, 2))
-        return *d_maps, d_weight, d_p, d_plain, d_q
+        return *d_maps, d_weight, d_p, d_plain, d_q, None
 
 
 def _sums(z, inner, scaled, plain, q):

@@ -3,7 +3,6 @@
 A cell has 2 inputs (states 0 and 1) and NODES intermediate nodes (states 2, 3, ...). Node n sums operations
 on edges from earlier states; the cell's output concatenates the nodes. See DARTS, arXiv:1806.09055, section 2.4.
 """
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,9 +11,10 @@ import torch
 from torch import Tensor
 
 from conas.errors import InputError
-from conas.files import write_json
+from conas.files import read_json, write_json
 
 NODES = 4
+MOST_NODES = 64  # of a cell that somebody else has written
 EDGES = sum(2 + node for node in range(NODES))  # 14: every node hears all earlier states
 
 Edge = tuple[str, int]  # operation, source state
@@ -66,8 +66,9 @@ def check(genotype: Genotype, where: str, operations: Collection[str]) -> Genoty
     """
     for kind in ("normal", "reduce"):
         edges, concat = getattr(genotype, kind), list(getattr(genotype, f"{kind}_concat"))
-        if not edges or len(edges) % 2:
-            raise InputError(f"{where}: {kind} has {len(edges)} edges; a cell needs two for each node")
+        if not edges or len(edges) % 2 or len(edges) > 2 * MOST_NODES:
+            raise InputError(f"{where}: {kind} has {len(edges)} edges; a cell needs two for each node, and has at most "
+                             f"{MOST_NODES} nodes")
         for index, (operation, source) in enumerate(edges):
             if operation not in operations:
                 raise InputError(f"{where}: {kind} edge {index} uses {operation!r}, not one of {', '.join(operations)}")
@@ -119,7 +120,8 @@ def save(path: str | Path, genotype: Genotype) -> None:
 def load(path: str | Path, operations: Collection[str]) -> Genotype:
     """Read and check a genotype. Raises InputError for a file that is missing, not JSON or not a genotype."""
     try:
-        obj = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise InputError(f"{path}: cannot be read as a genotype ({error})") from error
+        obj = read_json(path)
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: cannot be read as a genotype ({error}); name another file, or write this one again"
+                         ) from error
     return from_json(obj, str(path), operations)

@@ -5,6 +5,9 @@ the epoch, random generators. Batches are functions of seed and step. So a run t
 from the last state that is whole, does again what came after it, and ends with the same bits.
 
     resume.pt  resume.before.pt      the last two states: if the newer is damaged, the older one serves
+
+Several processes have equal states. They stop after the same step, whichever of them got the signal; the first one
+writes, and what it reads it gives to the others.
 """
 import random
 import signal
@@ -18,6 +21,7 @@ import numpy as np
 import torch
 
 from conas import checkpoint as checkpoints
+from conas import distributed
 from conas.errors import InputError, Stopped
 from conas.run import Run
 
@@ -60,7 +64,8 @@ class Keeper:
         Raises InputError if neither generation can be read, or if the
         training images are not those of the run's earlier steps.
         """
-        state = self._read()
+        distributed.check_equal("training images", about["fingerprint"])
+        state = distributed.from_first(self._read)
         if state is None:
             return None
         if state["dataset"]["fingerprint"] != about["fingerprint"]:
@@ -84,24 +89,39 @@ class Keeper:
             self.run.log(f"warning: {self.path} {reason}; the run goes on from the state before, {self.before}")
             return state
 
+    @contextmanager
+    def restoring(self) -> Iterator[None]:
+        """Inside, a state that does not fit the run raises InputError."""
+        try:
+            yield
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+            raise InputError(f"{self.path}: is whole, but does not fit this run; delete it to begin the run again, or "
+                             "copy a good one here") from error
+
     def save(self, state: dict) -> None:
         """Write a state; the one before is kept. Raises OSError, with both earlier ones intact, if it cannot."""
-        checkpoints.save(self.path, state | {"random": _generators()}, keep=self.before)
+        if distributed.rank() == 0:
+            checkpoints.save(self.path, state | {"random": _generators()}, keep=self.before)
         self._saved = time.monotonic()
 
     def after_step(self, state: Callable[[], dict]) -> None:
         """Write the state if it is time to. Raises Stopped, with the state written, if somebody wants to stop."""
-        if self._wish is not None:
-            self._stop(self._wish, state)
-        if time.monotonic() - self._saved >= 60 * self.minutes:
+        due = time.monotonic() - self._saved >= 60 * self.minutes
+        wish, due = distributed.highest(self._wish or 0, due)
+        if wish:
+            self._stop(wish, state)
+        if due:
             self.save(state())
 
     @contextmanager
     def calm(self, state: Callable[[], dict]) -> Iterator[None]:
-        """For long work that leaves the state as it is, such as validation: inside, a signal stops at once."""
+        """For long work that leaves the state as it is, such as validation: inside, a signal stops at once.
+
+        Several processes finish it, since each waits for the others in it.
+        """
         self.after_step(state)
         try:
-            self._calm = True
+            self._calm = distributed.size() == 1
             yield
         except _Interrupted as interrupted:
             self._calm = False
@@ -123,11 +143,24 @@ class _Interrupted(Exception):
 
 
 def _with_fields(path, state: dict) -> dict:
-    for name in ("metrics", "random", "optimizer"):
+    for name in ("metrics", "random", "optimizer", "course"):
         if name not in state:
             raise InputError(f"{path}: is a checkpoint, but not the state of a run (no {name}); delete it to begin "
                              "this run again, or copy a good one here")
     return state
+
+
+def check_progress(state: dict) -> tuple[list[dict], dict | None]:
+    """The metrics of a state, by epoch, and its course. Raises ValueError, or what wrong types lead to."""
+    metrics, course = state["metrics"], state["course"]
+    if [row["epoch"] for row in metrics] != list(range(len(metrics))):
+        raise ValueError("metrics of other epochs")
+    if course is not None and not (course["step"] >= 0 <= course["skipped"] and course["seen"] >= 0.0
+                                   <= course["seconds"] and course["sums"].shape == (3,)):
+        raise ValueError("no course of an epoch")
+    if state["epoch"] != (len(metrics) if course else len(metrics) - 1):
+        raise ValueError("metrics of other epochs")
+    return metrics, course
 
 
 def _generators() -> dict:

@@ -48,6 +48,10 @@ class LanguageBilevel(Bilevel):
         """L(w, a) on `batch`: nats a word, without the regularisers of the weights' own step."""
         return text_loss(self.network.with_weights(batch, w)[0], batch)
 
+    def count(self, batch: TextBatch) -> int:
+        """The words of `batch`."""
+        return batch.targets.numel()
+
     def clip(self, gradient: Tensor) -> tuple[Tensor, Tensor]:
         """The gradient, shortened to a 2-norm of at most `grad_clip`, and the factor that does it."""
         k = (self.grad_clip / (gradient.norm() + 1e-6)).clamp(max=1)

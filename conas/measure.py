@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
-from conas import arch, photographs
+from conas import arch, distributed, photographs
 from conas import checkpoint as checkpoints
 from conas.cli import find_device, option, parse
 from conas.config import RECIPES, ROOT, ModelOptions, TestOptions
@@ -80,17 +80,18 @@ def as_text(figures: Mapping[str, float], published: Mapping[str, float]) -> str
     return "\n".join(lines)
 
 
-def open_published(path: str | Path, content: object, published: Published, options: PublishedOptions, data: str | None
-                   ) -> tuple[DerivedNetwork, ImageSet, int | None]:
+def open_published(path: str | Path, content: object, published: Published, options: PublishedOptions, data: str | None,
+                   skip_bad_images: bool = False) -> tuple[DerivedNetwork, ImageSet, int | None]:
     """Network, test images and crop for a file of DARTS' code. Raises InputError if they do not fit together."""
     state = checkpoints.published_state(path, content)
     genotype = arch.find_genotype(options.arch, GENOTYPES)
     dataset = options.dataset or published.dataset
     size = options.image_size or DATASETS[dataset].image_size
     crop = size if published.recipe == "imagenet" else None
-    images = load(dataset, data or ROOT / "data", "test", image_size=photographs.canvas(crop) if crop else size)
+    images = load(dataset, data or ROOT / "data", "test", image_size=photographs.canvas(crop) if crop else size,
+                  skip_bad_images=skip_bad_images)
     C, layers = (getattr(options, name) or RECIPES[published.recipe][name] for name in ("init_channels", "layers"))
-    classes = len(state.get("classifier.bias", ()))
+    classes = state["classifier.bias"].numel() if "classifier.bias" in state else 0
     if classes and classes != images.info.num_classes:
         raise InputError(f"{path}: knows {classes} classes, but {dataset} has {images.info.num_classes}; give another "
                          "--dataset, or another file")
@@ -115,16 +116,18 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
     if published and not checkpoints.is_ours(content):
         if model.export:
             raise InputError(f"--export: {path} says nothing of its images and training, as checkpoints of train.py do")
-        network, images, crop = open_published(path, content, published, *published_options, options.data)
+        network, images, crop = open_published(path, content, published, *published_options, options.data,
+                                               options.skip_bad_images)
         beside = published.figures
         print(f"{path}: a published file")
     else:
         checkpoint = checkpoints.check(path, content)
         network = checkpoints.restore(path, checkpoint, space.name, network_class)
-        images, crop = load_images(path, checkpoint["dataset"], options.data, "test"), checkpoint["dataset"].get("crop")
+        crop = checkpoint["dataset"].get("crop")
+        images = load_images(path, checkpoint["dataset"], options.data, "test", options.skip_bad_images)
         print(f"{path}: {space.name}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")
     print(f"{images.info.name}: {len(images)} test images, {images.info.num_classes} classes")
     print(as_text(measure(network, images, options, crop), beside))
-    if model.export:
+    if model.export and distributed.rank() == 0:
         checkpoints.export(model.export, checkpoint)
         print(f"written: {model.export}")

@@ -89,10 +89,10 @@ class MixedEdges:
         if not self.sep:
             return None, None
         kernels = [next(weights) for _ in self.sep]
-        z, mean = convolve(rectified, kernels, self.stride, centred=statistics.batch)
+        z, mean = convolve(rectified, kernels, self.stride, centred=statistics.centred)
         half = halfway(z, mean, _square(next(weights)), self._layers(self.sep, 3), statistics)
         kernels = [next(weights) for _ in self.sep]
-        return convolve(half, kernels, centred=statistics.batch)
+        return convolve(half, kernels, centred=statistics.centred)
 
     def _dilated(self, rectified, weights, statistics):
         if not self.dil:
@@ -102,7 +102,7 @@ class MixedEdges:
             rectified, dilation = rectified[:, :, ::2, ::2], 1
         elif rectified.shape[2] % 2 == rectified.shape[3] % 2 == 0:
             rectified, dilation, phased = phases(rectified), 1, True
-        return *convolve(rectified.contiguous(), kernels, 1, dilation, statistics.batch), phased
+        return *convolve(rectified.contiguous(), kernels, 1, dilation, statistics.centred), phased
 
     def _pools(self, x, statistics):
         maps = []

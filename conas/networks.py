@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from conas import distributed
 from conas.errors import InputError
 from conas.genotype import Genotype, check
 from conas.operations import OPERATIONS, FactorizedReduce, ReLUConvBN
@@ -31,10 +32,11 @@ class Cell(nn.Module):
         self._ops = nn.ModuleList(OPERATIONS[operation](C, 2 if reduction and source < 2 else 1, True)
                                   for operation, source in edges)
 
-    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0) -> Tensor:
-        """`drop_path_prob` in [0, 1) is the probability that an image loses an edge; 0 is off."""
+    def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0, images: int | None = None) -> Tensor:
+        """`drop_path_prob` in [0, 1) is the probability that an image loses an edge; 0 is off. `images` are as of
+        `drop_path_scales`."""
         states = [self.preprocess0(s0), self.preprocess1(s1)]
-        scales = drop_path_scales(len(self._ops), states[0], drop_path_prob) if drop_path_prob > 0 else None
+        scales = drop_path_scales(len(self._ops), states[0], drop_path_prob, images) if drop_path_prob > 0 else None
         for edge in range(0, len(self._ops), 2):
             states.append(self._edge(edge, states, scales) + self._edge(edge + 1, states, scales))
         return torch.cat([states[i] for i in self.concat], dim=1)
@@ -46,14 +48,15 @@ class Cell(nn.Module):
         return out if scales is None or isinstance(operation, nn.Identity) else out * scales[edge]
 
 
-def drop_path_scales(edges: int, x: Tensor, drop_path_prob: float) -> Tensor:
+def drop_path_scales(edges: int, x: Tensor, drop_path_prob: float, images: int | None = None) -> Tensor:
     """What drop path multiplies edges by, (edges, N, 1, 1, 1) for the N images of `x`.
 
     0 with the given probability, else 1/keep: the expectation is 1, and evaluation rescales nothing. One draw
-    serves a whole cell, since many small ones cost a GPU more time than their arithmetic.
+    serves a whole cell, since many small ones cost a GPU more time than their arithmetic. `images` are those that all
+    processes have together (default: N); drawn for all, the numbers are those of a process alone.
     """
-    keep = 1 - drop_path_prob
-    kept = torch.rand(edges, len(x), 1, 1, 1, device=x.device) < keep
+    keep, images = 1 - drop_path_prob, images or len(x)
+    kept = torch.rand(edges, images, 1, 1, 1, device=x.device)[:, distributed.part(images)] < keep
     return kept.to(x.dtype) / keep
 
 
@@ -87,7 +90,8 @@ class DerivedNetwork(nn.Module):
 
     Subclasses add stems of `C_stem` channels that halve the image `stem_halvings` times.
     `kind` is a subclass's key in NETWORKS, `arguments` are those of its constructor but the genotype. A training
-    loop sets `drop_path_prob`, in [0, 1); evaluation ignores it. Raises InputError for a genotype that cannot be
+    loop sets `drop_path_prob`, in [0, 1), and `drop_path_images`, the size of a batch over all processes; evaluation
+    ignores both. Raises InputError for a genotype that cannot be
     built or an `image_size` that is too small.
     """
 
@@ -99,6 +103,7 @@ class DerivedNetwork(nn.Module):
         self.arguments = {"C": C, "num_classes": num_classes, "layers": layers, "auxiliary": auxiliary,
                           "image_size": image_size}
         self.drop_path_prob = 0.0
+        self.drop_path_images: int | None = None
         self._genotype = check(genotype, "genotype", OPERATIONS)
         reductions = (layers // 3, 2 * layers // 3)
         size = _final_size(image_size, stem_halvings + len(set(reductions)), auxiliary)
@@ -135,7 +140,7 @@ class DerivedNetwork(nn.Module):
         drop_path_prob = self.drop_path_prob if self.training else 0.0
         logits_auxiliary = None
         for layer, cell in enumerate(self.cells):
-            s0, s1 = s1, cell(s0, s1, drop_path_prob)
+            s0, s1 = s1, cell(s0, s1, drop_path_prob, self.drop_path_images)
             if self.training and self.auxiliary_head is not None and layer == self.auxiliary_layer:
                 logits_auxiliary = self.auxiliary_head(s1)
         logits = self.classifier(s1.mean(dim=(2, 3)))

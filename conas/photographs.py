@@ -36,6 +36,10 @@ class Draws:
         moved = (t.to(device, non_blocking=True) for t in (self.box, self.mirrored, self.factors))
         return Draws(*moved, self.order)
 
+    def of(self, part: slice) -> "Draws":
+        """The draws for some of the images."""
+        return Draws(self.box[part], self.mirrored[part], self.factors[part], self.order[part])
+
 
 def draw(count: int, side: int, flip: bool, generator: torch.Generator) -> Draws:
     """Draws for `count` square images of `side` pixels, distributed as torchvision's; `flip` permits to mirror."""

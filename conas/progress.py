@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from conas import distributed
 from conas.errors import InputError
 from conas.run import Run
 from conas.streams import Stream
@@ -39,8 +40,8 @@ class Course:
         self._began = time.perf_counter() - state["seconds"]
 
     def __iter__(self) -> Iterator[int]:
-        # disable=None: a bar on a terminal, silence in a file
-        self._bar = tqdm(initial=self.step, total=self.stream.steps, desc=self.title, leave=False, disable=None)
+        self._bar = tqdm(initial=self.step, total=self.stream.steps, desc=self.title, leave=False,
+                         disable=distributed.quiet())
         with self._bar:
             while self.step < self.stream.steps:
                 yield self.step

@@ -17,17 +17,21 @@ from filelock import FileLock, Timeout
 from tqdm import tqdm
 
 import conas
+from conas import distributed
 from conas.errors import InputError
-from conas.files import TEMPORARY, write_json, write_text
+from conas.files import TEMPORARY, read_json, write_json, write_text
 
-# Where and how fast a run computes is free to change between two starts; what it computes is not.
+# Where and how fast a run computes is free to change between two starts; what it computes is not. Which images
+# these are, their fingerprint tells, and not a flag.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
-        "checkpoint_minutes", "on_nan", "deterministic"}
+        "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images"}
+OF_A_MACHINE = {"data", "device", "workers"}  # may differ between processes that compute one run together
 
 
 class Run:
     """The folder of a run, opened for writing. Use it as a context: inside, no other process can open it.
 
+    Of processes that compute one run together, the first alone opens it and writes; the others know where it is.
     Raises InputError if another process has it open, if the folder holds a run with other arguments, or something
     that is not a run.
     """
@@ -38,6 +42,13 @@ class Run:
         self._lock = FileLock(folder / ".lock")
 
     def __enter__(self) -> "Run":
+        distributed.check_equal("flags", {k: v for k, v in self.arguments.items() if k not in OF_A_MACHINE})
+        with distributed.together():
+            if distributed.rank() == 0:
+                self._take()
+        return self
+
+    def _take(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
             self._lock.acquire(timeout=0)
@@ -49,7 +60,6 @@ class Run:
         except BaseException:
             self.__exit__()
             raise
-        return self
 
     def __exit__(self, *_) -> None:
         self._lock.release()
@@ -68,13 +78,16 @@ class Run:
 
     def log(self, text: str) -> None:
         """Print a line, above a progress bar if there is one, and keep it in log.txt."""
+        if distributed.rank():
+            return
         tqdm.write(text)
-        with open(self.folder / "log.txt", "a", encoding="utf-8") as file:
+        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text + "\n")
 
     def write_metrics(self, rows: list[dict]) -> None:
         """Write metrics.jsonl anew: whole, so that no epoch is ever there twice or missing."""
-        write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        if distributed.rank() == 0:
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
 
     def path(self, kind: str, epoch: int, suffix: str) -> Path:
         """For example checkpoints/epoch_007.pt."""
@@ -85,11 +98,11 @@ def read_arguments(folder: Path) -> dict:
     """The arguments of the run in `folder`. Raises InputError if there is none or its args.json is damaged."""
     path = folder / "args.json"
     try:
-        arguments = json.loads(path.read_text(encoding="utf-8"))["arguments"]
+        arguments = read_json(path)["arguments"]
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no such run; start {_script(folder)} there first, or name another "
                          "with --save") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError) as error:
         raise InputError(f"{path}: damaged; delete it, if you know that the run's arguments are the same") from error
     if not isinstance(arguments, dict):
         raise InputError(f"{path}: damaged; its arguments are not an object")
@@ -129,6 +142,6 @@ def _script(folder: Path) -> str:
 
 def folder_name(save: str, flag: str = "--save") -> str:
     """Check the value of a flag: it becomes part of a folder's name."""
-    if not re.fullmatch(r"[\w.-]+", save):
-        raise InputError(f"{flag} {save}: use letters, digits, dots, dashes and underscores only")
+    if not re.fullmatch(r"[\w.-]{1,50}", save):
+        raise InputError(f"{flag} {save}: use letters, digits, dots, dashes and underscores only, at most 50")
     return save

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from conas import checkpoint as checkpoints
+from conas import distributed
 from conas import genotype as genotypes
 from conas.architect import Batch, Bilevel
 from conas.board import Board
@@ -16,6 +17,7 @@ from conas.config import (
     AugmentOptions,
     DataOptions,
     KeepOptions,
+    ProcessOptions,
     RunOptions,
     SupernetOptions,
     WeightOptions,
@@ -24,18 +26,21 @@ from conas.data import load
 from conas.draw import draw_genotype
 from conas.evaluate import validate
 from conas.files import write_json
-from conas.keeper import Keeper, seed_generators, set_generators
+from conas.keeper import Keeper, check_progress, seed_generators, set_generators
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, folder_name
 from conas.spaces import Space
 from conas.streams import Stream, stratified_split
 
-GROUPS = (DataOptions, AugmentOptions, SupernetOptions, WeightOptions, AlphaOptions, RunOptions, KeepOptions)
+GROUPS = (DataOptions, AugmentOptions, SupernetOptions, WeightOptions, AlphaOptions, RunOptions, KeepOptions,
+          ProcessOptions)
 
 
 def weight_step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, grad_clip: float,
                 skip: bool = False) -> tuple[Tensor, Tensor]:
     """One SGD step of the weights. Returns the loss and the number of right answers, on the device.
+
+    Of several processes each has its part of the batch, and the results are those of the whole batch.
 
     With `skip`, a loss or gradient that is not finite leaves weights and running statistics as they were.
     """
@@ -44,20 +49,23 @@ def weight_step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Bat
     before = snapshot(network) if skip else None
     optimizer.zero_grad(set_to_none=True)
     logits = network(images)
-    loss = cross_entropy(logits, labels)
+    loss = distributed.weighed(cross_entropy(logits, labels), len(labels))
     loss.backward(inputs=weights)  # the alphas' gradients are not wanted here
-    loss = descend(optimizer, loss, grad_clip, before)
-    return loss, (logits.argmax(dim=1) == labels).sum()
+    hits = (logits.argmax(dim=1) == labels).sum()
+    loss, hits = distributed.after_backward(network, optimizer, loss, hits, len(labels))
+    return descend(optimizer, loss, grad_clip, before), hits
 
 
 def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augment: AugmentOptions,
            supernet: SupernetOptions, weights: WeightOptions, alphas: AlphaOptions, options: RunOptions,
-           keep: KeepOptions) -> Path:
-    """Run or continue one search and return its folder."""
+           keep: KeepOptions, processes: ProcessOptions) -> Path:
+    """Run or continue one search and return its folder. Several processes call it alike; the first one writes."""
     device = find_device(options.device, keep.deterministic)
-    groups = (data, augment, supernet, weights, alphas, options, keep)
+    groups = (data, augment, supernet, weights, alphas, options, keep, processes)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
-    images = load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset)
+    images = distributed.in_turn(
+        lambda: load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset,
+                     skip_bad_images=data.skip_bad_images))
     halves = stratified_split(images.labels, [augment.train_portion, 1 - augment.train_portion], augment.split_seed)
     cutout = augment.cutout_length if augment.cutout else 0
     train, valid = (
@@ -66,6 +74,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
 
     seed_generators(options.seed)
     network = space.network(supernet.init_channels, images.info.num_classes, supernet.layers, images.info.channels)
+    network.synced = processes.sync_bn
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.weights().values(), lr=weights.learning_rate, momentum=weights.momentum,
                                 weight_decay=weights.weight_decay)
@@ -73,11 +82,12 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                                 arch_weight_decay=alphas.arch_weight_decay, unrolled=alphas.unrolled)
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "subset": data.subset,
              "classes": list(images.info.classes), "fingerprint": images.fingerprint,
-             "train_portion": augment.train_portion, "split_seed": augment.split_seed}
+             "train_portion": augment.train_portion, "split_seed": augment.split_seed,
+             "skip_bad_images": data.skip_bad_images}
 
     folder = space.search_folder(folder_name(options.save))
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
-        board = Board(folder) if options.tensorboard else None
+        board = Board(folder) if options.tensorboard and distributed.rank() == 0 else None
         metrics, begun = resume(keeper, space, network, optimizer, architect, about)
         start = len(metrics)
         if start == weights.epochs:
@@ -96,7 +106,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
         done = start * train.steps + (begun["step"] if begun else 0)
         train_batches, valid_batches, skip = train.batches(done), valid.batches(done), keep.on_nan == "skip"
         for epoch in range(start, weights.epochs):
-            lr = cosine(epoch, weights.epochs, weights.learning_rate, weights.learning_rate_min)
+            lr = cosine(epoch, weights.epochs, weights.learning_rate, weights.learning_rate_min) * processes.lr_scale
             optimizer.param_groups[0]["lr"] = lr
             network.train()
             title = f"{space.name} epoch {epoch} of {weights.epochs}"
@@ -111,11 +121,13 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
             for step in course:
                 batch, valid_batch = next(train_batches), next(valid_batches)
                 if architect.step(batch, valid_batch, lr, skip):
-                    course.add(*weight_step(network, optimizer, batch, weights.grad_clip, skip), len(batch[1]))
+                    course.add(*weight_step(network, optimizer, batch, weights.grad_clip, skip), train.size(step))
                 else:
                     course.skip_step()
                 if epoch == start and step == 4:
                     announce(run, course.seconds / 5 * train.steps * (weights.epochs - start))
+                if (step + 1) % options.report_freq == 0:
+                    distributed.check_equal("weights and alphas", distributed.checksum(network))
                 keeper.after_step(state)
 
             with keeper.calm(state):
@@ -125,6 +137,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
             run.log(f"epoch {epoch:3d}  rate {lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %  "
                     f"valid {valid_loss:.4f} {valid_accuracy:6.2f} %  {course.rate:.0f} images/s")
             begun = None
+            distributed.check_equal("weights and alphas", distributed.checksum(network))
             write_epoch(keeper, state() | {"course": None})
             if board is not None:
                 board.epoch(metrics[-1], network.alphas(), space.primitives, network.genotype())
@@ -135,9 +148,10 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
 def write_epoch(keeper: Keeper, state: dict) -> None:
     """Write an epoch to disk. `resume.pt` comes after what it stands for: what it does not know of is done again."""
     run, epoch = keeper.run, state["epoch"]
-    checkpoints.save(run.path("checkpoints", epoch, ".pt"), {name: state[name] for name in checkpoints.FIELDS})
-    write_json(run.path("genotypes", epoch, ".json"), state["genotype"])
-    write_json(run.folder / "genotype.json", state["genotype"])
+    if distributed.rank() == 0:
+        checkpoints.save(run.path("checkpoints", epoch, ".pt"), {name: state[name] for name in checkpoints.FIELDS})
+        write_json(run.path("genotypes", epoch, ".json"), state["genotype"])
+        write_json(run.folder / "genotype.json", state["genotype"])
     keeper.save(state)
     run.write_metrics(state["metrics"])
 
@@ -151,16 +165,20 @@ def resume(keeper: Keeper, space: Space, network: nn.Module, optimizer: torch.op
     state = keeper.load(about)
     if state is None:
         return [], None
-    network.load_state_dict(checkpoints.restore(keeper.path, state, space.name, space.network).state_dict())
-    optimizer.load_state_dict(state["optimizer"])
-    architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-    keeper.run.write_metrics(state["metrics"])
-    set_generators(state["random"])  # at last: building networks draws from them
-    return state["metrics"], state["course"]
+    with keeper.restoring():
+        network.load_state_dict(checkpoints.restore(keeper.path, state, space.name, space.network).state_dict())
+        optimizer.load_state_dict(state["optimizer"])
+        architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
+        set_generators(state["random"])  # at last: building networks draws from them
+        metrics, course = check_progress(state)
+    keeper.run.write_metrics(metrics)
+    return metrics, course
 
 
 def finish(run: Run, genotype: genotypes.Genotype, metrics: list[dict]) -> None:
     """Print the cells that the search ends with, ready for `genotypes.py`, and draw them."""
+    if distributed.rank():
+        return
     tell_skipped(run, metrics)
     pictures = draw_genotype(genotype, run.folder / "cells")
     run.log(str(genotype))

@@ -10,52 +10,22 @@ import pickle
 import shutil
 import socket
 import tempfile
-import zipfile
-import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision import datasets
 
 from conas.errors import InputError
+from conas.imagefiles import ImageFiles, class_folders
 from conas.splits import stratified_split
 
 DIGITS = Path(__file__).resolve().parent.parent / "data" / "digits.npz"
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
 SPLIT_SEED = 0  # of test splits that are ours: they must not depend on the seed of a run
 PATIENCE = 20   # seconds without an answer before a download has failed
-
-
-@dataclass(frozen=True)
-class ImageFiles:
-    """Files below `root`, by their relative names."""
-
-    root: Path
-    names: list[str]
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def __getitem__(self, indices: Tensor) -> "ImageFiles":
-        return ImageFiles(self.root, [self.names[i] for i in indices.tolist()])
-
-    def decode(self, i: int, image_size: int) -> Tensor:
-        """The central square of image i in RGB, resized: uint8 (3, image_size, image_size)."""
-        path = self.root / self.names[i]
-        try:
-            with Image.open(path) as image:
-                if image.mode.startswith("I"):  # 16 bits: PIL would cut values off at 255
-                    image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-                image = ImageOps.fit(image.convert("RGB"), (image_size, image_size), Image.Resampling.BILINEAR)
-        except Exception as error:  # PIL's decoders raise whatever broken bytes lead them to
-            raise InputError(f"{path}: cannot be read as an image ({error}); repair it or take it away") from error
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
 Source = tuple[tuple[str, ...], Tensor | ImageFiles, Tensor]
@@ -67,7 +37,7 @@ def _digits(root: Path, split: str) -> Source:
         with DIGITS.open("rb") as file:
             arrays = np.load(file, allow_pickle=False)
             images, labels = torch.from_numpy(arrays["images"]), torch.from_numpy(arrays["labels"]).long()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # damaged bytes can make NumPy raise anything
         raise InputError(f"{DIGITS}: missing or damaged ({error}); it is part of the repository, restore it from "
                          "there") from error
     test = 450 / len(labels)
@@ -95,14 +65,16 @@ def _fashionmnist(root: Path, split: str) -> Source:
     kind = datasets.FashionMNIST
     archives = [f"FashionMNIST/raw/{name}" for name, _ in kind.resources]
     data = _obtain(partial(kind, train=split == "train"), root, archives, kind.mirrors[0])
-    return tuple(kind.classes), data.data[:, None], data.targets
+    if not all(isinstance(part, Tensor) and part.ndim for part in (data.data, data.targets)):  # of old torchvisions
+        raise InputError(f"{root / 'FashionMNIST' / 'processed'}: holds no images; take it away and start again")
+    return tuple(kind.classes), data.data[:, None], data.targets.long()
 
 
 def _imagenette(root: Path, split: str) -> Source:
     part = {"train": "train", "test": "val"}[split]
     data = _obtain(partial(datasets.Imagenette, split=part, size="160px"), root, ["imagenette2-160.tgz"],
                    "https://github.com/fastai/imagenette")
-    _, files, labels = _class_folders(root, f"imagenette2-160/{part}")
+    _, files, labels = class_folders(root, f"imagenette2-160/{part}")
     return tuple(names[0] for names in data.classes), files, labels
 
 
@@ -164,10 +136,9 @@ def _folder(root: Path, split: str) -> Source:
         raise InputError(f"--data {root}: {'not a folder' if root.exists() else 'no such folder'}; --dataset folder "
                          "reads a folder of class folders")
     train = "train" if (root / "train").is_dir() else ""
-    test = next((name for name in ("test", "val") if train and (root / name).is_dir()), None)
-    if test:
+    if test := _test_folder(root):
         return _two_folders(root, train, test, split)
-    classes, files, labels = _class_folders(root, train)
+    classes, files, labels = class_folders(root, train)
     few = [f"{classes[i]} ({n})" for i, n in enumerate(torch.bincount(labels).tolist()) if n < 5]
     if few:
         raise InputError(f"--data {root}: fewer than 5 images in {', '.join(few)}; a fifth of every class is set aside "
@@ -176,31 +147,22 @@ def _folder(root: Path, split: str) -> Source:
     return classes, files[chosen], labels[chosen]
 
 
+def _test_folder(root: Path) -> str | None:
+    return next((name for name in ("test", "val") if (root / "train").is_dir() and (root / name).is_dir()), None)
+
+
+def is_split_here(dataset: str, root: Path) -> bool:
+    """Whether it is we who set test images aside, so that other images in the folder would make it another split."""
+    return dataset == "folder" and not _test_folder(root)
+
+
 def _two_folders(root: Path, train: str, test: str, split: str) -> Source:
     """The images of root/train or of root/test, which must hold the same class folders."""
-    parts = {"train": _class_folders(root, train), "test": _class_folders(root, test)}
+    parts = {"train": class_folders(root, train), "test": class_folders(root, test)}
     if odd := sorted(set(parts["train"][0]) ^ set(parts["test"][0])):
         raise InputError(f"--data {root}: {', '.join(odd[:9])} not in both {train}/ and {test}/; they must hold the "
                          "same class folders")
     return parts[split]
-
-
-def _class_folders(root: Path, part: str) -> tuple[tuple[str, ...], ImageFiles, Tensor]:
-    """The images in the class folders of root/part, at any depth, by class and name."""
-    folders = sorted((f for f in (root / part).iterdir() if f.is_dir() and not f.name.startswith(".")),
-                     key=lambda f: f.name)
-    if len(folders) < 2:
-        raise InputError(f"{root / part}: holds {len(folders)} folders, but needs one folder for each of two or more "
-                         "classes")
-    names, labels = [], []
-    for label, path in enumerate(folders):
-        found = sorted(f.relative_to(root).as_posix() for f in path.rglob("*")
-                       if f.suffix.lower() in SUFFIXES and not f.name.startswith("."))
-        if not found:
-            raise InputError(f"{path}: no images in this class folder ({' '.join(SUFFIXES)}); fill it or take it away")
-        names += found
-        labels += [label] * len(found)
-    return tuple(f.name for f in folders), ImageFiles(root, names), torch.tensor(labels)
 
 
 READERS: dict[str, Callable[[Path, str], Source]] = {

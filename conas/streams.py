@@ -5,7 +5,7 @@ from itertools import count
 import torch
 from torch import Tensor
 
-from conas import photographs
+from conas import distributed, photographs
 from conas.augment import crop_and_flip, cutout, draw, normalise
 from conas.data import ImageSet
 from conas.errors import InputError
@@ -22,6 +22,9 @@ class Stream:
     decode images that are too many for memory; they change nothing in the batches. Images are shifted and mirrored
     as small images are; with a `crop`, they are cut to that many pixels and coloured as photographs are. Raises
     InputError for an empty part and for a batch larger than the part.
+
+    Each of several processes gets its part of every batch: batches are the same for any number of processes. Raises
+    InputError if a batch has fewer images than there are processes.
     """
 
     def __init__(self, images: ImageSet, indices: Tensor, batch_size: int, *, name: str, seed: int,
@@ -36,18 +39,30 @@ class Stream:
         self.name, self.seed, self.device = name, seed, torch.device(device)
         self.augment, self.cutout_length, self.crop, self.workers = augment, cutout_length, crop, workers
         self.steps = len(indices) // batch_size if drop_last else -(-len(indices) // batch_size)
+        for size in (self.size(0), self.size(self.steps - 1)):
+            if size < distributed.size():
+                raise InputError(f"--batch_size {batch_size}: leaves a batch of {size} for {distributed.size()} "
+                                 f"processes, of the {len(indices)} images for the {name}; choose another batch, or "
+                                 "fewer processes")
+
+    def size(self, step: int) -> int:
+        """The number of images in batch `step`, over all processes."""
+        return min(self.batch_size, len(self.indices) - step % self.steps * self.batch_size)
 
     def batches(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Batches `start`, `start` + 1, ... without end: float32 images (B, C, H, W), channels_last, and labels (B,).
 
-        Each call starts its own workers: call it once and take from it as long as the run lasts.
+        B is `size(step)`, of several processes the part of it that is this one's. Each call starts its own workers:
+        call it once and take from it as long as the run lasts.
         """
         mean, std = self.images.info.moments(self.device)
-        images = self.images.gather(self._index_batches(start), self.device, self.workers)
+        own = (batch[distributed.part(len(batch))] for batch in self._index_batches(start))
+        images = self.images.gather(own, self.device, self.workers)
         for step, (x, y) in zip(count(start), images):
             if self.augment:
-                draws = draw(len(y), self.crop or x.shape[-1], generator(self.seed, self.name, "augmentation", step))
-                draws = draws.to(self.device, non_blocking=True)
+                size = self.size(step)
+                draws = draw(size, self.crop or x.shape[-1], generator(self.seed, self.name, "augmentation", step))
+                draws = draws[distributed.part(size)].to(self.device, non_blocking=True)
                 x = self._photographs(x, step) if self.crop else crop_and_flip(x, draws, self.images.info.flip)
             x = normalise(x, mean, std)
             if self.augment and self.cutout_length:
@@ -56,7 +71,9 @@ class Stream:
 
     def _photographs(self, x: Tensor, step: int) -> Tensor:
         numbers = generator(self.seed, self.name, "photographs", step)
-        draws = photographs.draw(len(x), x.shape[-1], self.images.info.flip, numbers).to(self.device)
+        size = self.size(step)
+        draws = photographs.draw(size, x.shape[-1], self.images.info.flip, numbers)
+        draws = draws.of(distributed.part(size)).to(self.device)
         return photographs.jitter(photographs.crop_and_resize(x, draws, self.crop), draws)
 
     def order(self, epoch: int) -> Tensor:

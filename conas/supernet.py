@@ -1,7 +1,9 @@
 """The search network: DARTS' continuous relaxation (arXiv:1806.09055, section 2.2) over a space's primitives."""
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from itertools import islice
+from operator import call
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +14,7 @@ from conas.genotype import EDGES, NODES, Genotype, derive
 from conas.mixed import MixedEdges, factorized_reduce
 from conas.operations import OPERATIONS, FactorizedReduce, ReLUConvBN
 from conas.statistics import Statistics
+from conas.synced import Pool
 
 STEM_MULTIPLIER = 3
 
@@ -53,15 +56,17 @@ class SearchCell(nn.Module):
                                   for node in range(NODES) for source in range(2 + node))
         self.mixed = [MixedEdges(primitives, [self._ops[edge] for edge in edges], states=1 if n else 2,
                                  stride=2 if reduction and n == 0 else 1) for n, edges in enumerate(OUTGOING)]
+        self.takes = len(self.packs())  # of the weights
 
     def packs(self) -> list[list[nn.Parameter]]:
         """The weights as packs to be concatenated, in the order in which `forward` takes them."""
         preprocess = [[p] for module in (self.preprocess0, self.preprocess1) for p in module.parameters()]
         return preprocess + [pack for edges in self.mixed for pack in edges.packs()]
 
-    def forward(self, s0: Tensor, s1: Tensor, shares: Sequence[tuple], weights: Iterator[Tensor],
+    def forward(self, s0: Tensor, s1: Tensor, shares: Sequence[tuple], weights: Sequence[Tensor],
                 statistics: Statistics) -> Tensor:
         """`s0`, `s1` (N, H, W, C) come after ReLU; `shares` are the softmax of the alphas, for each of `mixed`."""
+        weights = iter(weights)
         source = torch.stack([_preprocess(self.preprocess0, s0, weights, statistics),
                               _preprocess(self.preprocess1, s1, weights, statistics)])
         nodes, arriving, arriving_in_phases = [], [[] for _ in range(NODES)], [[] for _ in range(NODES)]
@@ -114,6 +119,8 @@ class Supernet(nn.Module):
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(shape))
         self.register_buffer("outgoing", torch.tensor([edge for edges in OUTGOING for edge in edges]), persistent=False)
         self.frozen = False  # see `frozen_statistics`
+        self.synced = False  # whether BatchNorm is by the images of all processes
+        self.run_cell: Callable = call  # or what conas/speed.py puts in its place
         self._packs = [[self.stem[0].weight], [self.stem[1].weight], [self.stem[1].bias],
                        *(pack for cell in self.cells for pack in cell.packs()),
                        [self.classifier.weight], [self.classifier.bias]]
@@ -123,32 +130,44 @@ class Supernet(nn.Module):
         return [p for pack in self._packs for p in pack]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, num_classes) of images (N, in_channels, H, W)."""
-        return self.with_weights(x, torch.cat([p.reshape(-1) for p in self.packing()]))
+        """Logits (N, num_classes) of images (N, in_channels, H, W).
+
+        Under autocast all of the pass is in its type, since the cells' gradients by hand know one type only: images and
+        weights are cast once, logits come back in the type of the weights.
+        """
+        w, kind = torch.cat([p.reshape(-1) for p in self.packing()]), x.device.type
+        if not torch.is_autocast_enabled(kind):
+            return self.with_weights(x, w)
+        dtype = torch.get_autocast_dtype(kind)
+        with torch.autocast(kind, enabled=False):
+            return self.with_weights(x.to(dtype), w.to(dtype)).to(w.dtype)
 
     def with_weights(self, x: Tensor, w: Tensor) -> Tensor:
         """`forward` with the weights in the flat vector `w` in place of the network's own."""
         weights = self._unpack(w)
-        statistics = Statistics(batch=self.training, keep=not self.frozen)
-        shares = {reduction: self._shares(alphas, reduction, statistics)
+        pool = Pool.of_all(len(x)) if self.synced and self.training else None
+        statistics = Statistics(batch=self.training, keep=not self.frozen, pool=pool)
+        shares = {reduction: self._shares(alphas, reduction, statistics, w.dtype)
                   for reduction, alphas in ((False, self.alphas_normal), (True, self.alphas_reduce))}
         x = conv2d(x.contiguous(memory_format=torch.channels_last), next(weights), padding=1).permute(0, 2, 3, 1)
         out = statistics.normalise(x, [self.stem[1]], next(weights), next(weights))
         s0 = s1 = out.relu()  # every cell begins with it
         for cell in self.cells:
-            out = cell(s0, s1, shares[cell.reduction], weights, statistics)
+            own = list(islice(weights, cell.takes))
+            out = self.run_cell(cell, s0, s1, shares[cell.reduction], own, statistics)
             s0, s1 = s1, out.relu()
         statistics.update()
+        statistics.keep = False  # a checkpointed cell that is computed again brings no other batch
         return linear(out.mean(dim=(1, 2)), next(weights), next(weights))
 
     def _unpack(self, w: Tensor) -> Iterator[Tensor]:
         packs = w.split([sum(p.numel() for p in pack) for pack in self._packs])
         return iter([flat.view(-1, *pack[0].shape[1:]) for flat, pack in zip(packs, self._packs)])
 
-    def _shares(self, alphas: Tensor, reduction: bool, statistics: Statistics) -> list[tuple]:
+    def _shares(self, alphas: Tensor, reduction: bool, statistics: Statistics, dtype: torch.dtype) -> list[tuple]:
         """The probabilities of equation 2 as each of a cell's `mixed` takes them; cells of a kind share them."""
         edges = next((cell.mixed for cell in self.cells if cell.reduction == reduction), [])
-        rows = alphas.softmax(dim=-1)[self.outgoing].split([len(edges) for edges in OUTGOING])
+        rows = alphas.softmax(dim=-1).to(dtype)[self.outgoing].split([len(edges) for edges in OUTGOING])
         return [mixed.shares(part, statistics) for mixed, part in zip(edges, rows)]
 
     def alphas(self) -> dict[str, nn.Parameter]:

@@ -1,5 +1,5 @@
 """Train found cells from scratch: the derived network, from the first batch to the best checkpoint."""
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -7,16 +7,24 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from conas import arch, photographs
+from conas import arch, distributed, photographs, synced
 from conas import checkpoint as checkpoints
 from conas import genotype as genotypes
 from conas.cli import find_device, parse
-from conas.config import DataOptions, HeldOutOptions, KeepOptions, NetworkOptions, RecipeOptions, TrainRunOptions
+from conas.config import (
+    DataOptions,
+    HeldOutOptions,
+    KeepOptions,
+    NetworkOptions,
+    ProcessOptions,
+    RecipeOptions,
+    TrainRunOptions,
+)
 from conas.data import load
 from conas.errors import InputError
 from conas.evaluate import validate
 from conas.genotype import Genotype
-from conas.keeper import Keeper, seed_generators, set_generators
+from conas.keeper import Keeper, check_progress, seed_generators, set_generators
 from conas.networks import DerivedNetwork, count_parameters
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, best_checkpoint, folder_name
@@ -24,25 +32,32 @@ from conas.spaces import Space
 from conas.splits import generator, stratified_split
 from conas.streams import Stream
 
-GROUPS = (DataOptions, NetworkOptions, RecipeOptions, HeldOutOptions, TrainRunOptions, KeepOptions)
+GROUPS = (DataOptions, NetworkOptions, RecipeOptions, HeldOutOptions, TrainRunOptions, KeepOptions, ProcessOptions)
 
 
 def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype], data: DataOptions,
           shape: NetworkOptions, recipe: RecipeOptions, held_out: HeldOutOptions, options: TrainRunOptions,
-          keep: KeepOptions) -> Path:
-    """Run or continue one training and return its folder. `named` are the genotypes that --arch knows by name."""
+          keep: KeepOptions, processes: ProcessOptions) -> Path:
+    """Run or continue one training and return its folder. `named` are the genotypes that --arch knows by name.
+
+    Several processes call it alike; the first one writes.
+    """
     device = find_device(options.device, keep.deterministic)
     amp = find_precision(options.amp, device)
+    if options.compile and processes.sync_bn and distributed.size() > 1:
+        raise InputError("--compile: cannot compile what --sync_bn sends between processes; leave one of them out")
     origin = arch.open_origin(shape.init_from) if shape.init_from else None
     genotype, where = arch.choose_cells(space, primitives, named, shape, origin)
     data, shape, recipe = arch.fill_in(data, shape, recipe, origin)
     frequency = options.checkpoint_freq or max(1, round(recipe.epochs / 50))
-    groups = (data, shape, recipe, held_out, options, keep)
+    groups = (data, shape, recipe, held_out, options, keep, processes)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
 
     crop = data.image_size if shape.recipe == "imagenet" else None
     loaded_size = photographs.canvas(crop) if crop else data.image_size
-    images = load(data.dataset, data.data, "train", image_size=loaded_size, subset=data.subset)
+    images = distributed.in_turn(
+        lambda: load(data.dataset, data.data, "train", image_size=loaded_size, subset=data.subset,
+                     skip_bad_images=data.skip_bad_images))
     parts = split(images.labels, held_out)
     stream = Stream(images, parts[0], recipe.batch_size, name="training", seed=options.seed, device=device, crop=crop,
                     cutout_length=recipe.cutout_length if recipe.cutout else 0, drop_last=True, workers=data.workers)
@@ -51,13 +66,18 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     network = arch.build(shape.recipe, shape.init_channels, shape.layers, shape.auxiliary, images.info,
                          data.image_size, genotype)
     origin_of_weights = arch.begin_from(network, origin) if origin else "all weights initialised at random"
+    network.drop_path_images = recipe.batch_size
+    if processes.sync_bn:
+        synced.convert(network)
     network.to(device, memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(network.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum,
                                 weight_decay=recipe.weight_decay, fused=True)
 
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "crop": crop,
              "subset": data.subset, "classes": list(images.info.classes), "fingerprint": images.fingerprint,
-             "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed}
+             "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed,
+             "skip_bad_images": data.skip_bad_images}
+    origin_of_weights += arch.seen_before(origin, about)
     with Run(space.train_folder(folder_name(options.save)), arguments) as run, \
             Keeper(run, keep.checkpoint_minutes) as keeper:
         metrics, begun = resume(keeper, network, optimizer, about)
@@ -75,7 +95,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
         batches = stream.batches(start * stream.steps + (begun["step"] if begun else 0))
         skip = network if keep.on_nan == "skip" else None
         for epoch in range(start, recipe.epochs):
-            optimizer.param_groups[0]["lr"] = lr = learning_rate(recipe, epoch)
+            optimizer.param_groups[0]["lr"] = lr = learning_rate(recipe, epoch) * processes.lr_scale
             network.drop_path_prob = recipe.drop_path_prob * epoch / recipe.epochs
             network.train()
             title = f"{space.name} epoch {epoch} of {recipe.epochs}"
@@ -91,9 +111,11 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
                 # drop path draws from the global generator: with a seed for each step, a resumed run draws the same
                 torch.manual_seed(generator(options.seed, "drop path", epoch, step).initial_seed())
                 course.add(*train_step(forward, optimizer, batch, recipe, shape.auxiliary_weight, amp, skip),
-                           len(batch[1]))
+                           stream.size(step))
                 if epoch == start and step == 4 and not options.compile:  # compiling happens in the first step
                     announce(run, course.seconds / 5 * stream.steps * (recipe.epochs - start))
+                if (step + 1) % options.report_freq == 0:
+                    distributed.check_equal("weights", distributed.checksum(network))
                 keeper.after_step(state)
 
             row = {"epoch": epoch, "learning_rate": lr, "drop_path_prob": network.drop_path_prob,
@@ -108,6 +130,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
             run.log(f"{text}  {course.rate:.0f} images/s")
             begun = None
             last = is_finished(metrics, recipe.epochs, held_out.patience)
+            distributed.check_equal("weights", distributed.checksum(network))
             write_epoch(keeper, state() | {"course": None}, last or (epoch + 1) % frequency == 0)
             if last:
                 break
@@ -118,11 +141,12 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
         return run.folder
 
 
-def train_step(forward: Callable, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor],
+def train_step(forward: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor],
                recipe: RecipeOptions, auxiliary_weight: float, amp: bool, skip: nn.Module | None = None
                ) -> tuple[Tensor, Tensor]:
     """One step of SGD. Returns the classifier's loss and its number of right answers, on the device.
 
+    Of several processes each has its part of the batch, and the results are those of the whole batch.
     A loss or gradient that is not finite leaves the network `skip` as it was, if that is given.
     """
     images, labels = batch
@@ -134,8 +158,11 @@ def train_step(forward: Callable, optimizer: torch.optim.Optimizer, batch: tuple
         if auxiliary is not None:
             total = loss + auxiliary_weight * cross_entropy(auxiliary, labels, label_smoothing=recipe.label_smooth)
     optimizer.zero_grad(set_to_none=True)
-    total.backward()
-    return descend(optimizer, loss, recipe.grad_clip, before), (logits.argmax(dim=1) == labels).sum()
+    distributed.weighed(total, len(labels)).backward()
+    hits = (logits.argmax(dim=1) == labels).sum()
+    loss, hits = distributed.after_backward(forward, optimizer, distributed.weighed(loss, len(labels)), hits,
+                                            len(labels))
+    return descend(optimizer, loss, recipe.grad_clip, before), hits
 
 
 def learning_rate(recipe: RecipeOptions, epoch: int) -> float:
@@ -165,7 +192,7 @@ def find_precision(amp: str, device: torch.device) -> bool:
     return amp == "bf16" or (amp == "auto" and device.type == "cuda" and able)
 
 
-def compiled(network: nn.Module, device: torch.device, run: Run) -> Callable:
+def compiled(network: nn.Module, device: torch.device, run: Run) -> nn.Module:
     """The network for torch.compile, or as it is, with a line that says so, where there is no compiler."""
     try:
         torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
@@ -192,9 +219,10 @@ def is_finished(metrics: list[dict], epochs: int, patience: int | None) -> bool:
 def write_epoch(keeper: Keeper, state: dict, lasting: bool) -> None:
     """Write an epoch to disk. `resume.pt` comes after what it stands for: what it does not know of is done again."""
     run, checkpoint = keeper.run, {name: state[name] for name in checkpoints.FIELDS}
-    if lasting:
+    first = distributed.rank() == 0
+    if first and lasting:
         checkpoints.save(run.path("checkpoints", state["epoch"], ".pt"), checkpoint)
-    if best_epoch(state["metrics"]) == state["epoch"]:
+    if first and best_epoch(state["metrics"]) == state["epoch"]:
         checkpoints.save(run.folder / "checkpoints" / "best.pt", checkpoint)
     keeper.save(state)
     run.write_metrics(state["metrics"])
@@ -212,11 +240,13 @@ def resume(keeper: Keeper, network: DerivedNetwork, optimizer: torch.optim.Optim
     if state["genotype"] != genotypes.to_json(network.genotype()):
         raise InputError(f"{keeper.path}: this run began with other cells than those it would train now; restore them, "
                          "or give --save another name")
-    network.load_state_dict(checkpoints.restore_derived(keeper.path, state).state_dict())
-    optimizer.load_state_dict(state["optimizer"])
-    keeper.run.write_metrics(state["metrics"])
-    set_generators(state["random"])  # at last: building networks draws from them
-    return state["metrics"], state["course"]
+    with keeper.restoring():
+        network.load_state_dict(checkpoints.restore_derived(keeper.path, state).state_dict())
+        optimizer.load_state_dict(state["optimizer"])
+        set_generators(state["random"])  # at last: building networks draws from them
+        metrics, course = check_progress(state)
+    keeper.run.write_metrics(metrics)
+    return metrics, course
 
 
 def main(folder: Path, module, description: str, default: str | None = None, argv: list[str] | None = None) -> None:

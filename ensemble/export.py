@@ -18,9 +18,8 @@ from torch import Tensor
 
 import conas
 from conas.cli import Parser, run
-from conas.data import load
 from conas.errors import InputError
-from conas.evaluate import predict
+from conas.evaluate import load_images, predict
 from conas.files import atomic_path
 from conas.run import folder_name
 from ensemble.network import CommitteeNetwork, load_committee
@@ -62,7 +61,7 @@ def test_images(network: CommitteeNetwork, data: str | None, count: int = 256) -
     Raises InputError if the data set is not where the members had it, nor in the folder `data`.
     """
     info = network.dataset
-    images = load(info["name"], data or info["root"], "test", info["image_size"], info["subset"])
+    images = load_images(Path(ABOUT), info, data, "test")
     chosen = torch.arange(min(count, len(images)))
     logits = torch.stack([predict(member, images, 100, torch.device("cpu"), chosen, crop=crop)
                           for member, crop in zip(network.networks, network.crops)])

@@ -24,6 +24,7 @@ from ensemble.committee import Committee
 from ensemble.fit import FITTED, rule
 from ensemble.page import Page
 from ensemble.searches import find_images, read_searches
+from ensemble.stored import read_report
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPLATES = Path(__file__).resolve().parent / "templates"
@@ -77,15 +78,11 @@ def stored_committee(root: Path, save: str) -> tuple[dict, Committee]:
 
     Raises InputError if test_ensemble.py has not written them.
     """
-    path = root / f"committee-{save}" / "committee.json"
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        last, combination = summary["epochs"][-1], summary["combination"]
-        files = {m["name"]: root / m["checkpoint"] for m in last["members"]}
-        numbers = {key: torch.tensor([m[key] for m in last["members"]], dtype=torch.float64)
-                   for key in ("weight", "temperature")}
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: missing or damaged; start python test_ensemble.py first") from error
+    _, summary = read_report(root, save)
+    last, combination = summary["epochs"][-1], summary["combination"]
+    files = {m["name"]: root / m["checkpoint"] for m in last["members"]}
+    numbers = {key: torch.tensor([m[key] for m in last["members"]], dtype=torch.float64)
+               for key in ("weight", "temperature")}
     scores = {name: load_scores(file.parent.parent / "probabilities" / f"{file.stem}.npz")
               for name, file in files.items()}
     return summary, Committee(scores, rule(combination), weights=numbers["weight"] if combination in FITTED else None,
@@ -99,7 +96,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="where the data set is, if it is no longer where the search had it")
     values = parser.parse_args(argv)
     summary, committee = stored_committee(ROOT, folder_name(values.save))
-    print(write(ROOT / f"committee-{values.save}", ROOT, summary, committee, values.data))
+    folder = ROOT / f"committee-{values.save}"
+    try:
+        print(write(folder, ROOT, summary, committee, values.data))
+    except (LookupError, TypeError, ValueError, AttributeError) as error:  # what `read_report` does not look at
+        raise InputError(f"{folder / 'committee.json'}: damaged; start python test_ensemble.py again") from error
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 It is the committee of `committee-NAME/committee.json`, as test_ensemble.py chose, weighed and calibrated it.
 Shape suffixes: M members, B images, C classes.
 """
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from conas.errors import InputError
 from conas.spaces import discover
 from ensemble.calibration import apply_temperature
 from ensemble.committee import COMBINATIONS, weighted_mean
+from ensemble.stored import read_report
 
 
 class CommitteeNetwork(nn.Module):
@@ -73,19 +73,12 @@ def load_committee(root: Path, save: str) -> CommitteeNetwork:
 
     Raises InputError if there is none, or if a checkpoint of it is gone, changed, or does not fit the others.
     """
-    path = root / f"committee-{save}" / "committee.json"
+    path, report = read_report(root, save)
+    entry, combination = report["epochs"][-1], report["combination"]
+    members, temperature = entry["members"], entry["committee"]["temperature"]
+    weights, temperatures = ([member[key] for member in members] for key in ("weight", "temperature"))
+    files = [(member["name"], member["space"], root / member["checkpoint"], member["sha256"]) for member in members]
     flag = "" if save == "EXP" else f" --save {save}"
-    try:
-        report = json.loads(path.read_text(encoding="utf-8"))
-        entry, combination = report["epochs"][-1], report["combination"]
-        members, temperature = entry["members"], entry["committee"]["temperature"]
-        weights, temperatures = ([member[key] for member in members] for key in ("weight", "temperature"))
-        files = [(member["name"], member["space"], root / member["checkpoint"], member["sha256"]) for member in members]
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such committee; start python test_ensemble.py{flag} first, or name another with "
-                         "--save") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: damaged; start python test_ensemble.py{flag} again") from error
     spaces = {space.name: space for space in discover(root)}
     networks, datasets = [], []
     for name, space, file, digest in files:

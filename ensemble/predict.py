@@ -21,10 +21,10 @@ from PIL import Image
 from torch import Tensor
 
 from conas.cli import Parser, find_device, run
-from conas.errors import InputError
+from conas.errors import InputError, one_line
 from conas.files import write_json, write_text
+from conas.imagefiles import ImageFiles, formats
 from conas.run import folder_name
-from conas.sources import ImageFiles
 from ensemble.diversity import entropy, uncertainty
 from ensemble.network import CommitteeNetwork, load_committee
 
@@ -32,11 +32,12 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """The files among `paths`, and in the folders among them, at any depth, those whose suffix some image format has.
+    """The files among `paths`, and in the folders among them, at any depth, those whose suffix belongs to an image.
 
     Raises InputError for a folder without images.
     """
-    suffixes, found = set(Image.registered_extensions()), []
+    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats()}
+    found = []
     for path in map(Path, paths):
         if not path.is_dir():
             found.append(str(path))
@@ -120,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     def complain(error: InputError) -> None:
         bad.append(error)
-        print(error, file=sys.stderr)
+        print(one_line(error), file=sys.stderr)
 
     width, longest = (max(map(len, names)) for names in (paths, network.classes))
     print(f"{'image':{width}}  {'class':{longest}}  probability  entropy  mutual information  votes of "
@@ -129,7 +130,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for row in predict(network, paths, values.top_k, values.batch_size, complain):
         votes = ", ".join(vote["class"] for vote in row["votes"].values())
         others = "".join(f"; {p['class']} {100 * p['probability']:.1f} %" for p in row["top"][1:])
-        print(f"{row['image']:{width}}  {row['class']:{longest}}  {100 * row['probability']:9.1f} %  "
+        print(f"{one_line(row['image']):{width}}  {row['class']:{longest}}  {100 * row['probability']:9.1f} %  "
               f"{row['entropy']:7.3f}  {row['mutual_information']:18.3f}  {votes}{others and '  then' + others[1:]}")
         rows.append(row)
     seconds = time.perf_counter() - began

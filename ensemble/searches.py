@@ -10,12 +10,11 @@ from tqdm import tqdm
 
 from conas import checkpoint as checkpoints
 from conas import genotype as genotypes
-from conas.data import ImageSet, load
+from conas.data import ImageSet
 from conas.errors import InputError
+from conas.evaluate import load_images
 from conas.genotype import NODES, Genotype
-from conas.operations import OPERATIONS
 from conas.run import list_checkpoints
-from conas.sources import READERS, ImageFiles
 from ensemble import svg
 
 KINDS = {"normal": "normal cell", "reduce": "reduction cell"}
@@ -78,8 +77,13 @@ def read_searches(folders: Sequence[Path]) -> list[Search]:
             alphas, cells = {kind: [] for kind in KINDS}, []
             for path in found.values():
                 checkpoint = checkpoints.load(path)
-                cells.append(genotypes.from_json(checkpoint["genotype"], str(path), OPERATIONS))
+                P = len(checkpoint["primitives"])
+                cells.append(genotypes.from_json(checkpoint["genotype"], str(path), checkpoint["primitives"]))
                 for kind in KINDS:
+                    shape = getattr(checkpoint["state"].get(f"alphas_{kind}"), "shape", None)
+                    if shape != (len(EDGES), P) or len(getattr(cells[-1], kind)) != 2 * NODES:
+                        raise InputError(f"{path}: has no alphas of {len(EDGES)} edges and {P} primitives, or another "
+                                         "cell; copy a good one here")
                     alphas[kind].append(torch.softmax(checkpoint["state"][f"alphas_{kind}"].double(), dim=-1))
                 bar.update()
             searches.append(Search(f"{folder.parent.name}/{folder.name}", checkpoint["primitives"], list(found), alphas,
@@ -93,14 +97,12 @@ def find_images(path: Path, fingerprint: str, data: str | None) -> tuple[ImageSe
     None for images that are gone or have changed, and for names that there are none of.
     """
     about = checkpoints.load(path)["dataset"]
-    root = data or about["root"]
     try:
-        images = load(about["name"], root, "test", about["image_size"], about["subset"])
-        files = READERS[about["name"]](Path(root).expanduser(), "test")[1]
+        images = load_images(path, about, data, "test", skip_bad_images=True)  # the fingerprint tells whether they did
     except InputError as error:
         print(f"a report without images: {error}")
         return None, None
     if images.fingerprint != fingerprint:
-        print(f"a report without images: those in {root} have changed since the test")
+        print(f"a report without images: those in {data or about['root']} have changed since the test")
         return None, None
-    return images, files.names if isinstance(files, ImageFiles) and len(files) == len(images) else None
+    return images, images.names

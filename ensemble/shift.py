@@ -11,11 +11,13 @@ from tqdm import tqdm
 
 import conas
 from conas import checkpoint as checkpoints
+from conas import distributed
 from conas.cli import find_device
 from conas.config import TestOptions
 from conas.data import ImageSet
 from conas.errors import InputError
 from conas.evaluate import Scores, load_images, load_scores, predict, save_scores
+from conas.files import check_regular
 from conas.spaces import Space
 from ensemble import metrics
 from ensemble.committee import Committee
@@ -65,8 +67,9 @@ class PublishedCorruptions:
 
     def _read(self, name: str) -> np.ndarray:
         try:
-            return np.load(self.folder / f"{name}.npy", mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+            check_regular(self.folder / f"{name}.npy")
+            return np.lib.format.open_memmap(self.folder / f"{name}.npy", mode="r")  # objects cannot be mapped
+        except Exception as error:  # damaged bytes can make NumPy raise anything
             raise InputError(f"{self.folder / name}.npy: cannot be read ({error}); download it again") from error
 
 
@@ -82,14 +85,14 @@ def measure_shift(pool: Mapping[str, tuple[Space, Path]], committee: Committee, 
         checkpoint = checkpoints.load(path)
         members[name] = checkpoints.restore(path, checkpoint, space.name, space.network), checkpoint["dataset"]
     about = next(iter(members.values()))[1]
-    images = load_images(path, about, options.data, "test")
+    images = load_images(path, about, options.data, "test", options.skip_bad_images)
     for name, (_, other) in members.items():
         if other["image_size"] != about["image_size"]:
             raise InputError(f"--shift: {name} takes images of another size than the first member; leave it out")
     source = find_source(images, Path(options.data or about["root"]))
 
     curves = {name: {} for name in [*members, "committee"]}
-    for corruption in tqdm(source.names, desc="corruptions", leave=False, disable=None):
+    for corruption in tqdm(source.names, desc="corruptions", leave=False, disable=distributed.quiet()):
         scores = _scores(corruption, source, images, members, pool, committee, options, device)
         corrupted = Committee(scores, **committee.settings)
         for name, probabilities in [*((name, metrics.softmax(s.logits)) for name, s in scores.items()),
@@ -118,13 +121,13 @@ def _scores(corruption: str, source, images: ImageSet, members: Mapping, pool: M
     fingerprint = hashlib.sha256(f"{corruption} {source.title} {source.version}".encode()).hexdigest()
     files = {name: path.parent.parent / "probabilities" / f"{path.stem}.{corruption}.npz"
              for name, (_, path) in pool.items()}
-    found = {}
-    for name, file in files.items():
-        if file.exists():
-            scores = load_scores(file)
-            if (scores.checkpoint_sha256, scores.fingerprint) == (
-                    committee.members[name].checkpoint_sha256, fingerprint):
-                found[name] = scores
+
+    def kept() -> dict[str, dict]:
+        scores = {name: load_scores(file) for name, file in files.items() if file.exists()}
+        return {name: vars(s) for name, s in scores.items() if (s.checkpoint_sha256, s.fingerprint) == (
+            committee.members[name].checkpoint_sha256, fingerprint)}
+
+    found = {name: Scores(**fields) for name, fields in distributed.from_first(kept).items()}
     missing = {name: [] for name in pool if name not in found}
     for severity in SEVERITIES if missing else ():
         for x in source.blocks(corruption, severity):
@@ -135,5 +138,6 @@ def _scores(corruption: str, source, images: ImageSet, members: Mapping, pool: M
     for name, logits in missing.items():
         found[name] = replace(committee.members[name], logits=torch.cat(logits), split=corruption,
                               labels=committee.labels.repeat(len(SEVERITIES)), fingerprint=fingerprint)
-        save_scores(files[name], found[name])
+        if distributed.rank() == 0:
+            save_scores(files[name], found[name])
     return {name: found[name] for name in pool}

@@ -9,7 +9,6 @@
 The plan lists every run with its commands, which are those of the README: run them wherever you like, and copy the
 folders cnn_spaceN/search-STUDY-SEED (and train-...) together before the report.
 """
-import json
 import shlex
 import subprocess
 import sys
@@ -28,7 +27,7 @@ from conas.config import TestOptions
 from conas.data import DATASETS
 from conas.errors import InputError
 from conas.evaluate import Scores, scores_for
-from conas.files import write_json
+from conas.files import read_json, write_json
 from conas.run import FREE, folder_name, list_checkpoints, read_arguments
 from conas.spaces import Space, discover
 from ensemble.comparison import as_text, compare_groups
@@ -86,18 +85,44 @@ def plan(options: PlanOptions) -> dict:
 
 
 def read_plan(path: Path) -> dict:
-    """Raises InputError if the file is missing or is no plan."""
+    """Raises InputError if the file is missing or is no plan: one that starts anything but this project's scripts in
+    this project's spaces is none."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        assert content["format"] == "conas-study" and content["stage"] in SCRIPTS and content["size"] > 1
-        for run in content["runs"]:
-            assert run["space"] in content["spaces"] and run["seed"] in content["seeds"] and folder_name(run["save"])
-            assert all(command[0] in SCRIPTS.values() for command in run["commands"])
+        content = read_json(path)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such plan; python -m ensemble.study plan {path} writes one") from error
-    except (ValueError, KeyError, TypeError, AssertionError, IndexError, RecursionError) as error:
-        raise InputError(f"{path}: is no plan of a study; python -m ensemble.study plan writes one") from error
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: is no plan of a study ({error}); python -m ensemble.study plan writes one"
+                         ) from error
+    if not _is_plan(content):
+        raise InputError(f"{path}: is no plan of a study; python -m ensemble.study plan writes one")
     return content
+
+
+def _is_plan(content: object) -> bool:
+    there = {space.name for space in discover(ROOT)}
+    if not (isinstance(content, dict) and content.get("format") == "conas-study" and content.get("stage") in
+            list(SCRIPTS) and all(isinstance(content.get(name), list) for name in ("spaces", "seeds", "runs"))):
+        return False
+    spaces, seeds, size = content["spaces"], content["seeds"], content.get("size")
+    return (all(isinstance(space, str) and space in there for space in spaces) and 0 < len(spaces) == len(set(spaces))
+            and all(type(seed) is int and 0 <= seed < 2**31 for seed in seeds) and len(seeds) == len(set(seeds))
+            and type(size) is int and 1 < size <= len(seeds) and size % len(spaces) == 0
+            and all(_is_run(run, spaces, seeds) for run in content["runs"])
+            and len({(run["space"], run["seed"]) for run in content["runs"]}) == len(spaces) * len(seeds) ==
+            len(content["runs"]))
+
+
+def _is_run(run: object, spaces: list[str], seeds: list[int]) -> bool:
+    if not (isinstance(run, dict) and run.get("space") in spaces and run.get("seed") in seeds
+            and isinstance(run.get("save"), str) and isinstance(run.get("commands"), list)):
+        return False
+    try:
+        folder_name(run["save"])
+    except InputError:
+        return False
+    return all(isinstance(command, list) and all(isinstance(word, str) and "\0" not in word for word in command)
+               and command[:1] in [[script] for script in SCRIPTS.values()] for command in run["commands"])
 
 
 def execute(content: dict, part: str) -> None:
@@ -137,7 +162,7 @@ def start(command: list[str], folder: Path) -> int:
 def finished(folder: Path) -> bool:
     """Whether a run's last epoch has its checkpoint."""
     try:
-        return max(list_checkpoints(folder)) == read_arguments(folder)["epochs"] - 1
+        return max(list_checkpoints(folder)) + 1 == read_arguments(folder).get("epochs")
     except InputError:
         return False
 
@@ -204,9 +229,20 @@ def network_cost(space: Space, path: Path) -> dict[str, int]:
 
 
 def read_seconds(folder: Path) -> float | None:
-    """What `execute` has measured of a run, all its starts together; None for runs that were started otherwise."""
+    """What `execute` has measured of a run, all its starts together; None for runs that were started otherwise.
+
+    Raises InputError if the file is damaged.
+    """
     path = folder / "seconds.json"
-    return json.loads(path.read_text(encoding="utf-8"))["seconds"] if path.exists() else None
+    try:
+        seconds = read_json(path)["seconds"]
+        if type(seconds) in (int, float) and 0 <= seconds < 1e12:
+            return seconds
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise InputError(f"{path}: damaged; delete it, and the run counts as one of unknown duration")
 
 
 def report(path: Path, options: TestOptions) -> None:

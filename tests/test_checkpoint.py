@@ -2,7 +2,6 @@
 import json
 import pickle
 from importlib import import_module
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +11,7 @@ from hypothesis import strategies as st
 from conas import checkpoint as checkpoints
 from conas.errors import InputError
 from conas.supernet import Supernet
+from tests.hostile import Payload
 
 ABOUT = {"name": "digits", "root": "data", "image_size": 8, "subset": None, "classes": list("0123456789"),
          "fingerprint": "f"}
@@ -52,7 +52,7 @@ def test_round_trip_from_the_file_alone(tmp_path):
 @pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3"])
 def test_every_space_loads_from_the_root(tmp_path, space):
     network_class = import_module(f"{space}.model_search").Network
-    path = written(tmp_path / "a.pt", network_class(C=2, layers=3), space)
+    path = written(tmp_path / "a.pt", network_class(C=2, layers=3, in_channels=1), space)
     network = checkpoints.restore(path, checkpoints.load(path), space, network_class)
     assert type(network) is network_class
 
@@ -64,16 +64,6 @@ def test_another_space_is_refused_though_the_shapes_agree(tmp_path):
         checkpoints.restore(path, checkpoints.load(path), "cnn_space8", Tiny)
     with pytest.raises(InputError, match=r"a\.pt: searched over .*max_pool_3x3.* now lists .*avg_pool_3x3"):
         checkpoints.restore(path, checkpoints.load(path), "cnn_space7", Other)
-
-
-class Payload:
-    """A pickle that touches a file when it is loaded."""
-
-    def __init__(self, target):
-        self.target = target
-
-    def __reduce__(self):
-        return Path.touch, (Path(self.target),)
 
 
 def test_the_payload_would_run(tmp_path):

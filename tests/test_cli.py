@@ -33,6 +33,7 @@ def test_defaults_and_values():
     (["--count", "10"], "--count 10: must be at most 9"),
     (["--rate", "nan"], "--rate nan: must be at least"),
     (["--even", "3"], "--even 3: must be even"),
+    (["--even", "1" + 30 * "0"], "must have at most 18 digits"),
     (["--count", "x"], "--count"),
     (["--colour", "green"], "--colour"),
     (["--cuont", "3"], "did you mean --count"),

@@ -125,6 +125,18 @@ def test_a_checkpoint_is_no_state_of_a_run(cut):
         run(cut.parent)
 
 
+@pytest.mark.parametrize("change", [
+    {"optimizer": {}}, {"optimizer": {"state": {}, "param_groups": []}}, {"alpha_optimizer": []}, {"metrics": [{}]},
+    {"metrics": []}, {"metrics": "none"}, {"course": {"step": -1}}, {"course": 3}, {"random": {}},
+    {"random": {"torch": torch.zeros(3)}}, {"epoch": 7}])
+def test_a_state_that_is_whole_but_wrong_is_refused(cut, change):
+    torch.save(load(cut / "resume.pt") | change, cut / "resume.pt")
+    metrics = (cut / "metrics.jsonl").read_bytes()
+    with pytest.raises(InputError, match=r"resume\.pt: is whole, but does not fit this run"):
+        run(cut.parent)
+    assert (cut / "metrics.jsonl").read_bytes() == metrics
+
+
 def test_one_process_at_a_time(cut):
     with Run(cut, json.loads((cut / "args.json").read_text())["arguments"]):
         done = subprocess.run([sys.executable, "-c", "import sys; from conas import cli; from pathlib import Path; "

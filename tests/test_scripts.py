@@ -17,7 +17,7 @@ import torch
 from conas.checkpoint import load
 from conas.genotype import Genotype
 from tests.conftest import Clone
-from tests.test_checkpoint import Payload
+from tests.hostile import Payload
 
 SMALL = ["--dataset", "digits", "--subset", "200", "--init_channels", "2", "--layers", "3", "--batch_size", "50"]
 SPACES = ["cnn_space1", "cnn_space2", "cnn_space3"]

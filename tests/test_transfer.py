@@ -15,6 +15,7 @@ from conas.errors import InputError
 from conas.networks import NetworkCIFAR, NetworkImageNet
 from conas.published import GENOTYPES
 from conas.run import best_checkpoint
+from tests.test_checkpoint import ABOUT
 from tests.test_train import DARTS, run
 
 
@@ -90,20 +91,30 @@ def test_transfer_from_a_published_file(trained, space):
         run(space, "--init_from", space / "odd.pt", "--arch", "DARTS", "--save", "odd")
 
 
+def test_the_log_says_so_if_held_out_images_may_have_been_trained_on(trained, space):
+    argv = ["--dataset", "digits", "--batch_size", "50", "--epochs", "1", "--init_from", str(trained)]
+    for save, flags, warned in (("same", ["--subset", "300"], False), ("more", ["--subset", "320"], True),
+                                ("split", ["--subset", "300", "--split_seed", "1"], True),
+                                ("all", ["--subset", "320", "--valid_portion", "0"], False)):
+        train.main(space, space1, "", argv=[*argv, "--auxiliary", "--save", save, *flags])
+        log = (space / f"train-{save}" / "log.txt").read_text()
+        assert ("images that are held out now" in log) == warned, save
+
+
 def test_a_supernet_is_no_start(space):
-    about = {"name": "digits", "classes": list("0123456789")}
     checkpoints.save(space / "super.pt", checkpoints.describe(
-        Network(C=2, layers=3), space="cnn_space1", epoch=0, dataset=about, arguments={"seed": 0}))
+        Network(C=2, layers=3, in_channels=1), space="cnn_space1", epoch=0, dataset=ABOUT, arguments={"seed": 0}))
     with pytest.raises(InputError, match=r"super\.pt: is of the stage 'search', and no retrained network"):
         run(space, "--init_from", space / "super.pt")
 
 
 def test_derived_networks_are_rebuilt_from_the_file_alone(tmp_path):
-    about = {"name": "digits", "classes": list("0123456789")}
-    for network in (NetworkCIFAR(4, 10, 3, True, DARTS, in_channels=1, image_size=8),
-                    NetworkImageNet(4, 10, 3, True, GENOTYPES["AmoebaNet"], image_size=40)):
+    for dataset, network in (
+            ("digits", NetworkCIFAR(4, 10, 3, True, DARTS, in_channels=1, image_size=8)),
+            ("imagenette", NetworkImageNet(4, 10, 3, True, GENOTYPES["AmoebaNet"], image_size=40))):
         checkpoints.save(tmp_path / "a.pt", checkpoints.describe(
-            network, space="cnn", epoch=3, dataset=about, arguments={"seed": 0}, primitives=["none"]))
+            network, space="cnn", epoch=3, dataset=ABOUT | {"name": dataset}, arguments={"seed": 0},
+            primitives=["none"]))
         again = checkpoints.restore(tmp_path / "a.pt", checkpoints.load(tmp_path / "a.pt"), "cnn")
         assert type(again) is type(network) and again.genotype() == network.genotype()
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in network.state_dict().items())

@@ -1,0 +1,75 @@
+"""What a piece of work costs that does not depend on the clock: operator calls, FLOPs, and memory at its peak."""
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+class _Calls(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **(kwargs or {}))
+
+
+def operator_calls(work: Callable[[], object]) -> int:
+    """How many operators of torch `work` calls, forward and backward, views included."""
+    with _Calls() as calls:
+        work()
+    return calls.count
+
+
+def flops(work: Callable[[], object]) -> int:
+    """Floating-point operations of the convolutions and matrix products of `work`, two for a multiply-add."""
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward}) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+def _backward(grad: Tensor, x: Tensor, weight: Tensor, *settings, out_val=None) -> int:
+    """Of aten.convolution_backward: as many as forward for each gradient wanted.
+
+    torch 2.14 takes every convolution for one of a single group when it counts the gradient of a kernel, and so counts
+    C times too many of a depthwise one.
+    """
+    return 2 * grad.numel() * weight[0].numel() * sum(settings[-1][:2])
+
+
+_backward._get_raw = True  # FlopCounterMode gives tensors instead of shapes
+
+
+def matmul_peak(device: torch.device, seconds: Callable[[Callable[[], object]], float]) -> float:
+    """FLOP/s of this machine in the best of ten float32 matrix products, with the threads that torch now has."""
+    size = 4096 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device) for _ in range(2))
+    return max(2 * size ** 3 / seconds(lambda: a @ b) for _ in range(10))
+
+
+def memory_in_child(arguments: list[str]) -> int:
+    """Bytes at the peak of `python -m benchmarks.search_step ARGUMENTS`, which prints them, in a new process."""
+    command = [sys.executable, "-m", "benchmarks.search_step", *arguments]
+    out = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return json.loads(out.splitlines()[-1])
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process had at most: of the device, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")
+    if status.exists():  # Linux, where ru_maxrss would include the parent's
+        lines = status.read_text(encoding="utf-8").splitlines()
+        return 1024 * int(next(line for line in lines if line.startswith("VmHWM:")).split()[1])
+    import resource  # not there on Windows
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

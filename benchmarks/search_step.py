@@ -1,0 +1,250 @@
+"""The search's iteration against a textbook second-order DARTS: time, memory, operator calls, FLOPs, growth.
+
+    python -m benchmarks.search_step                  # batches of 16 and 64, two threads
+    python -m benchmarks.search_step --threads 1
+    python -m benchmarks.search_step --growth         # time by batch, channels and layers, in the three spaces
+    python -m benchmarks.search_step --device cuda
+
+The textbook is benchmarks/textbook.py: a module for every primitive on every edge, a new network for every virtual
+step, NCHW. Ours is what train_search.py runs. First the hypergradients of both are compared in float64. Then both take
+turns in one process, on the same random images of 32x32 pixels in float32: an architect step, a weight step and an
+evaluation (no gradients, --eval_batch images). Each round gives one ratio of each; printed are medians and quartiles.
+Memory is that of two iterations in a process of its own, less what the import of torch takes. Writes
+benchmarks/results/search_step-DEVICE.json, which keeps the last result of every setting, and draws img/search_step.svg.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib import import_module
+
+import torch
+
+from benchmarks import textbook
+from benchmarks.counts import ROOT, flops, matmul_peak, memory_in_child, operator_calls, peak_memory
+from benchmarks.search_step_figure import draw
+from benchmarks.train_step import RESULTS, processor, spread
+from conas.cli import find_device
+from conas.config import WeightOptions
+from conas.search import weight_step
+
+RECIPE = WeightOptions()
+WORKS = "architect", "weights", "evaluation"
+GROWTH = {"batch_size": (8, 16, 32, 64), "channels": (8, 16, 32), "layers": (5, 8, 11, 14)}
+BASE = {"channels": 8, "layers": 5, "batch_size": 16}  # of --growth
+TOLERANCE = 1e-9
+
+
+class Contestant:
+    """One implementation of a space's search on random batches of its own; `works` are what is timed."""
+
+    def __init__(self, name: str, space: str, channels: int, layers: int, batch_size: int, eval_batch: int = 0,
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, image_size: int = 32):
+        torch.manual_seed(0)
+        ours = import_module(f"{space}.model_search").Network(channels, 10, layers)
+        ours.to(device, dtype)
+        torch.manual_seed(1)
+        draw_batch = [torch.randn(n, 3, image_size, image_size, dtype=dtype, device=device)
+                      for n in (batch_size, batch_size, eval_batch)]
+        labels = torch.randint(10, (2, batch_size), device=device)
+        if name == "ours":
+            draw_batch = [x.contiguous(memory_format=torch.channels_last) for x in draw_batch]
+            self.network = ours.to(memory_format=torch.channels_last)
+            optimizer = torch.optim.SGD(ours.weights().values(), RECIPE.learning_rate, RECIPE.momentum,
+                                        weight_decay=RECIPE.weight_decay)
+            architect = import_module(f"{space}.architect").Architect(ours, optimizer)
+        else:
+            self.network = textbook.Network(ours.primitives, channels, 10, layers).to(device, dtype)
+            self.network.load_state_dict(ours.state_dict())
+            optimizer = textbook.weight_optimizer(self.network, RECIPE.learning_rate)
+            architect = textbook.Architect(self.network)
+        train, valid, images = (draw_batch[0], labels[0]), (draw_batch[1], labels[1]), draw_batch[2]
+        rate = RECIPE.learning_rate
+
+        def evaluation():
+            self.network.eval()
+            with torch.inference_mode():
+                self.network(images)
+            self.network.train()
+
+        if name == "ours":
+            self.works = {"architect": lambda: architect.step(train, valid, rate),
+                          "weights": lambda: weight_step(ours, optimizer, train, RECIPE.grad_clip)}
+        else:
+            self.works = {"architect": lambda: architect.step(train, valid, rate, optimizer),
+                          "weights": lambda: textbook.weight_step(self.network, optimizer, train, RECIPE.grad_clip)}
+        self.works["evaluation"] = evaluation
+
+    def iteration(self) -> None:
+        self.works["architect"]()
+        self.works["weights"]()
+
+    def hypergradient(self) -> torch.Tensor:
+        """Of an architect step, which this takes."""
+        self.works["architect"]()
+        return torch.cat([alpha.grad.flatten() for alpha in self.network.alphas().values()])
+
+
+def disagreement(space: str, device: torch.device) -> float:
+    """The relative distance of both hypergradients in float64, after one iteration, on a small network."""
+    contestants = [Contestant(name, space, 4, 3, 4, device=device, dtype=torch.float64, image_size=16)
+                   for name in ("textbook", "ours")]
+    for contestant in contestants:
+        contestant.iteration()
+    expected, ours = (contestant.hypergradient() for contestant in contestants)
+    return ((ours - expected).norm() / expected.norm()).item()
+
+
+def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """A function that gives the seconds a work takes on the device."""
+    def on_cpu(work):
+        began = time.perf_counter()
+        work()
+        return time.perf_counter() - began
+
+    def on_cuda(work):
+        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize(device)
+        began.record()
+        work()
+        ended.record()
+        torch.cuda.synchronize(device)
+        return began.elapsed_time(ended) / 1e3
+
+    return on_cuda if device.type == "cuda" else on_cpu
+
+
+def race(sizes: dict, works: tuple[str, ...], rounds: int, device: torch.device) -> dict:
+    """Seconds of each work of both contestants, and the ratios, from `rounds` rounds in turn."""
+    seconds = stopwatch(device)
+    contestants = {name: Contestant(name, **sizes, device=device) for name in ("textbook", "ours")}
+    taken = {name: {work: [] for work in works} for name in contestants}
+    for turn in range(-1, rounds):  # the first round warms up
+        for name in sorted(contestants, reverse=turn % 2 == 0):
+            for work in works:
+                took = seconds(contestants[name].works[work])
+                if turn >= 0:
+                    taken[name][work].append(took)
+    for of in taken.values():
+        of["iteration"] = [a + w for a, w in zip(of["architect"], of["weights"])]
+    return {"seconds": {name: {work: spread(values) for work, values in of.items()} for name, of in taken.items()},
+            "textbook_over_ours": {work: spread([t / o for t, o in zip(values, taken["ours"][work])])
+                                   for work, values in taken["textbook"].items()}}
+
+
+def compare(sizes: dict, rounds: int, device: torch.device) -> dict:
+    """All figures of one setting."""
+    result = race(sizes, WORKS, rounds, device)
+    for count in operator_calls, flops:
+        result[count.__name__] = {}
+        for name in "textbook", "ours":
+            contestant = Contestant(name, **sizes, device=device)
+            contestant.iteration()  # from here on there is a velocity
+            result[count.__name__][name] = {work: count(contestant.works[work]) for work in WORKS}
+    peak = matmul_peak(device, stopwatch(device))
+    result["matmul_flops_per_second"] = peak
+    result["share_of_matmul_peak"] = {
+        name: sum(of[work] for work in WORKS[:2]) / result["seconds"][name]["iteration"]["median"] / peak
+        for name, of in result["flops"].items()}
+    flags = [f"--{key}={value}" for key, value in sizes.items() if key not in ("batch_size", "space", "eval_batch")]
+    flags += [f"--batch_sizes={sizes['batch_size']}", f"--spaces={sizes['space']}", f"--device={device}",
+              f"--threads={torch.get_num_threads()}"]
+    result["peak_bytes"] = {name: memory_in_child([*flags, f"--memory_of={name}"]) for name in ("textbook", "ours")}
+    return result
+
+
+def grow(spaces: list[str], rounds: int, device: torch.device) -> list[dict]:
+    """Seconds of an iteration by one size at a time, and the exponents of the power laws fitted to the medians."""
+    results = []
+    for space in spaces:
+        for varied, values in GROWTH.items():
+            medians = {"textbook": [], "ours": []}
+            for value in values:
+                result = race({"space": space} | BASE | {varied: value}, WORKS[:2], rounds, device)
+                for name, of in medians.items():
+                    of.append(result["seconds"][name]["iteration"]["median"])
+            exponents = {name: exponent(values, of) for name, of in medians.items()}
+            results.append({"space": space, "varied": varied, "values": values, "base": BASE, "seconds": medians,
+                            "exponents": exponents})
+            print(f"{space}: time grows with {varied} to the power {exponents['ours']:.2f} "
+                  f"(textbook {exponents['textbook']:.2f})", flush=True)
+    return results
+
+
+def exponent(x: tuple[int, ...], y: list[float]) -> float:
+    """The slope of log y over log x, by least squares."""
+    u, v = [math.log(value) for value in x], [math.log(value) for value in y]
+    mean = sum(u) / len(u)
+    return sum((a - mean) * b for a, b in zip(u, v)) / sum((a - mean) ** 2 for a in u)
+
+
+def report(result: dict) -> str:
+    lines = [f"{name}: {value['median']:.2f} times the textbook's speed (quartiles {value['quartiles'][0]:.2f} to "
+             f"{value['quartiles'][1]:.2f})" for name, value in result["textbook_over_ours"].items()]
+    ours, baseline = result["peak_bytes"]["ours"], result["peak_bytes"]["textbook"]
+    calls = {name: of["architect"] for name, of in result["operator_calls"].items()}
+    lines += [f"peak memory: {ours / 1e9:.2f} GB, {ours / baseline:.2f} of the textbook's",
+              f"operator calls of an architect step: {calls['ours']}, {calls['ours'] / calls['textbook']:.2f} of the "
+              "textbook's", f"share of the matmul peak: {result['share_of_matmul_peak']['ours']:.0%} (textbook "
+              f"{result['share_of_matmul_peak']['textbook']:.0%})"]
+    return "\n".join(f"  {line}" for line in lines)
+
+
+def machine(device: torch.device) -> dict:
+    cuda = device.type == "cuda"
+    return {"device": torch.cuda.get_device_name(device) if cuda else processor(), "cores": os.cpu_count(),
+            "gpu": None if torch.cuda.is_available() else "none was at hand",
+            "python": platform.python_version(), "torch": torch.__version__,
+            "cuda": torch.version.cuda if cuda else None}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 64])
+    for name, default in (("channels", 16), ("layers", 8), ("threads", 2), ("rounds", 5), ("eval_batch", 128)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--spaces", nargs="+", default=["cnn_space1"])
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--memory_of", choices=["textbook", "ours"], help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    device = find_device(options.device)
+    if options.memory_of:
+        before = peak_memory(device)
+        contestant = Contestant(options.memory_of, options.spaces[0], options.channels, options.layers,
+                                options.batch_sizes[0], device=device)
+        for _ in range(2):
+            contestant.iteration()
+        print(peak_memory(device) - before)
+        return
+
+    path = RESULTS / f"search_step-{device.type}.json"
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}, "growth": {}}
+    about = {"machine": machine(device), "threads": options.threads, "rounds": options.rounds}
+    for space in options.spaces:
+        distance = disagreement(space, device)
+        print(f"{space}: hypergradients agree to {distance:.1e} in float64", flush=True)
+        if not distance <= TOLERANCE:
+            raise SystemExit(f"{space}: the two implementations disagree; there is nothing to compare")
+    if options.growth:
+        results["growth"] = about | {"curves": grow(options.spaces, options.rounds, device)}
+    else:
+        for space in options.spaces:
+            for batch_size in options.batch_sizes:
+                sizes = {"space": space, "channels": options.channels, "layers": options.layers,
+                         "batch_size": batch_size, "eval_batch": options.eval_batch}
+                title = (f"{space}, {options.channels} channels, {options.layers} cells, batch {batch_size}, "
+                         f"{options.threads} thread{'s' * (options.threads > 1)}")
+                results["settings"][title] = about | sizes | compare(sizes, options.rounds, device)
+                print(f"{title}\n{report(results['settings'][title])}", flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path.relative_to(ROOT)}, {draw(results).relative_to(ROOT)}")
+
+
+if __name__ == "__main__":
+    main()
