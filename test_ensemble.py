@@ -5,6 +5,7 @@
     python test_ensemble.py --combination logit_sum           # as the original CoNAS combines
     python test_ensemble.py --combination greedy              # the best of all epochs, chosen on held-out images
     python test_ensemble.py --members 'cnn_space*/train-*/checkpoints/best.pt' --combination weighted
+    python test_ensemble.py --task language                   # language models: rnn/train-* that share a text
 
 Prints a table, and writes it and its pictures to the folder committee-NAME, or committee-NAME-train for retrained
 networks. All that is fitted is fitted on the held-out part of the training images; docs/committee.md explains the
@@ -25,7 +26,7 @@ from conas.errors import InputError
 from conas.evaluate import Scores, run_folder, scores_for_all
 from conas.run import list_checkpoints
 from conas.spaces import Space, discover
-from ensemble import html, pictures, report
+from ensemble import html, language, pictures, report
 from ensemble.committee import Committee, common_epochs
 from ensemble.fit import FITTED, RULES, Fit, fit
 from ensemble.metrics import confusion_matrix, softmax
@@ -55,12 +56,16 @@ class CommitteeOptions:
         None, "whose probabilities are calibrated on held-out images before use", choices=["members", "committee"])
     against: tuple[str, ...] | None = option(
         None, "another committee, given as for --members and combined alike, to test the gain over")
+    task: str = option("images", "what the members do; language averages next-word probabilities of the best networks "
+                       "of rnn's train.py, all of them unless --members names some", choices=["images", "language"])
     report: bool = option(False, "write report.html too: all of this in one page")
     shift: bool = option(False, "test members and committee on corrupted test images too: 75 times as many")
 
 
 def main() -> None:
     ours, options = cli.parse(__doc__, [CommitteeOptions, TestOptions])
+    if ours.task == "language":
+        return language_committee(ours, options)
     spaces = choose(discover(ROOT), ours.spaces)
     retrained = [space for space in spaces if (run_folder(space, "train", options) / "checkpoints").is_dir()]
     stages = [ours.stage] if ours.stage else ["search"] if ours.members or len(retrained) < 2 else ["train", "search"]
@@ -116,6 +121,24 @@ def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Spa
     print(f"\nwritten to {folder}: {', '.join(path.name for path in paths)}")
 
 
+def language_committee(ours: CommitteeOptions, options: TestOptions) -> None:
+    """Combine language models, print the table and write it."""
+    patterns = ours.members or ("rnn/train-*/checkpoints/best.pt",)
+    paths = sorted({path for pattern in patterns for path in files_of(pattern)})
+    if ours.members and not paths:
+        raise InputError(f"--members {' '.join(patterns)}: no file has such a path")
+    names = {f"{path.parents[1].name} {path.stem}": path for path in paths}
+    summary = language.evaluate(names, options.data, 35, cli.find_device(options.device))
+    print(language.as_text(summary))
+    print(f"\nwritten: {language.write(ROOT / f'committee-{options.save}-language', summary)}")
+
+
+def files_of(pattern: str) -> list[Path]:
+    """The files that a pattern names, seen from here or from the root."""
+    found = glob.glob(pattern, recursive=True) or glob.glob(pattern, root_dir=ROOT, recursive=True)
+    return sorted({(Path(name) if Path(name).exists() else ROOT / name).resolve() for name in found})
+
+
 def try_fit(pool: Pool, ours: CommitteeOptions, options: TestOptions) -> Fit | None:
     """Fit on held-out images. Without those, None if nothing has to be fitted, else InputError."""
     try:
@@ -158,9 +181,7 @@ def find_members(patterns: tuple[str, ...], spaces: list[Space], flag: str) -> P
     """The checkpoints that patterns name, seen from here or from the root. Raises InputError for one without."""
     by_name, pool = {space.name: space for space in spaces}, {}
     for pattern in patterns:
-        found = glob.glob(pattern, recursive=True) or glob.glob(pattern, root_dir=ROOT, recursive=True)
-        paths = sorted({(Path(name) if Path(name).exists() else ROOT / name).resolve() for name in found})
-        paths = [path for path in paths if path.is_file() and path.parent.name == "checkpoints"]
+        paths = [path for path in files_of(pattern) if path.is_file() and path.parent.name == "checkpoints"]
         if not paths:
             raise InputError(f"{flag} {pattern}: no checkpoint has such a path; one has "
                              "cnn_space1/search-EXP/checkpoints/epoch_000.pt")

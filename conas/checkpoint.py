@@ -169,7 +169,7 @@ def export(path: str | Path, checkpoint: dict) -> None:
     if Path(path).suffix != SAFETENSORS:
         raise InputError(f"--export {path}: the name must end in {SAFETENSORS}")
     metadata = {name: json.dumps(checkpoint[name]) for name in FIELDS if name != "state"}
-    state = {name: tensor.contiguous() for name, tensor in checkpoint["state"].items()}
+    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in checkpoint["state"].items()}
     metadata["crc32"] = f"{_crc32(metadata, state):08x}"
     with atomic_path(path) as temporary:
         temporary.write_bytes(_safetensors().torch.save(state, metadata))

@@ -101,7 +101,7 @@ def evaluate(network: LanguageModel, text: Text, bptt: int) -> float:
 
 
 class Reader:
-    """Reads a text from top to bottom, again and again, in batches that begin in the state where the one before ended.
+    """Reads a text from top to bottom, again and again, in batches that begin where the one before ended.
 
     At the top, the hidden state is zero. `state` of an earlier Reader lets this one go on after that one's last batch.
     """
@@ -129,7 +129,7 @@ class Reader:
 
 
 class Schedule:
-    """The steps of every epoch: how many rows of the text each has, and its dropout. Pure functions of seed and step."""
+    """The steps of every epoch: how many rows of the text each has, and its dropout; functions of seed and step."""
 
     def __init__(self, text: Text, bptt: int, spread: float, rates: DropoutOptions, seed: int):
         self.text, self.bptt, self.spread, self.rates, self.seed = text, bptt, spread, rates, seed
@@ -162,8 +162,8 @@ class TextCourse(Course):
         if not math.isfinite(loss):
             first = sum(self.lengths[:int(finite)])
             raise InputError(
-                f"the training loss became {loss} in epoch {self.epoch} at batch {int(finite)}, counted from 0, of the "
-                f"text's rows from {first}; what was kept before it is intact. --on_nan skip goes on without such "
+                f"the training loss became {loss} in epoch {self.epoch} at batch {int(finite)}, counted from 0, of "
+                f"the text's rows from {first}; what was kept before it is intact. --on_nan skip goes on without such "
                 "batches; a lower --lr or --clip under another --save name may help")
         self._bar.set_postfix_str(f"perplexity {perplexity(self.loss):.1f}, {self.rate:.0f} words/s")
 

@@ -1,13 +1,13 @@
 """The supernet's recurrent cell over a whole sequence of words, forward and backward, as one autograd function.
 
-With gate c, activation inputs h and probabilities p_k of an edge from state s, whose sum is P (without `none`, P < 1), a
-step adds over its edges
+With gate c, activation inputs h and probabilities p_k of an edge from state s, whose sum is P (without `none`, P < 1),
+a step adds over its edges
 
     sum_k p_k (s + c (f_k(h) - s))  =  P s + c (sum_k p_k f_k(h) - P s)
 
-so that c and s meet the mixture of activations once instead of once for each of them. What the backward pass can know of
-all edges of a time step before it has any gradient is computed for all of them at once. See `conas.sequence` for shapes
-and for what the two have in common.
+so that c and s meet the mixture of activations once instead of once for each of them. What the backward pass can know
+of all edges of a time step before it has any gradient is computed for all of them at once. See `conas.sequence` for
+shapes and for what the two have in common.
 """
 from collections.abc import Sequence
 
@@ -80,8 +80,8 @@ class _Supernet(torch.autograd.Function):
                 raw[t, i + 1] += (gain * c).sum(dim=0)
                 normalise(t, i + 1)
             torch.mean(states[t, 1:], dim=0, out=before[t + 1])
-        ctx.save_for_backward(a, before, heard, raw, states, states_heard, means, scales, gates, gains, values, W_hidden,
-                              Ws, probabilities)
+        ctx.save_for_backward(a, before, heard, raw, states, states_heard, means, scales, gates, gains, values,
+                              W_hidden, Ws, probabilities)
         ctx.mask, ctx.activations, ctx.batch, ctx.eps, ctx.used = mask, activations, statistics is None, eps, False
         means, scales = means.view(-1, H), scales.view(-1, H)
         ctx.mark_non_differentiable(means, scales)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
-from conas.recurrent_genotype import ACTIVATIONS, EDGES, STEPS, Genotype, check, derive
 from conas.mixed_sequence import run_supernet
+from conas.recurrent_genotype import EDGES, STEPS, Genotype, check, derive
 from conas.sequence import Plan, run_cell
 
 INIT_RANGE = 0.04
@@ -157,10 +157,12 @@ class RecurrentSupernet(LanguageModel):
         bn = self.rnns[0].bn
         softmax = self.alphas_recurrent.softmax(dim=1)
         identity = [softmax[:, k] for k, name in enumerate(self.primitives) if name == "identity"]
-        probabilities = torch.cat([sum(identity, torch.zeros_like(softmax[:, 0]))[:, None], softmax[:, self._active]], 1)
+        first = sum(identity, torch.zeros_like(softmax[:, 0]))
+        probabilities = torch.cat([first[:, None], softmax[:, self._active]], dim=1)
         statistics = None if self.training else (bn.running_mean, bn.running_var)
-        outputs, means, variances = run_supernet(x, hidden, W_hidden, Ws, mask, probabilities,
-                                                 ["identity", *(self.primitives[k] for k in self._active)], statistics, bn.eps)
+        activations = ["identity", *(self.primitives[k] for k in self._active)]
+        outputs, means, variances = run_supernet(x, hidden, W_hidden, Ws, mask, probabilities, activations, statistics,
+                                                 bn.eps)
         if self.training and not self.frozen:
             self._follow(means, variances * (len(hidden) / (len(hidden) - 1)))
         return outputs

@@ -35,7 +35,7 @@ def clone(target: Path) -> Clone:
                                     "tests", "img", "docs")
     shutil.copytree(ROOT, target, ignore=ignore)
     for entry in (target / "data").iterdir():
-        if entry.name not in ("README.md", "digits.npz"):
+        if entry.name not in ("README.md", "digits.npz", "gospels"):
             shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return Clone(target)
 

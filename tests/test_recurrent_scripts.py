@@ -1,0 +1,168 @@
+"""The scripts of rnn/ on small text: search, training, test, committee, and going on exactly."""
+import collections
+import json
+import math
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from conas import checkpoint as checkpoints
+from conas.language_train import Average, should_average
+from conas.recurrent import RecurrentNetwork
+from conas.text import load_corpus
+from rnn import genotypes
+from tests.conftest import Clone
+
+DATA = Path(__file__).parent.parent / "data"
+PLAIN = ("--dropout", "0.1", "--dropoutx", "0.1", "--dropouti", "0", "--dropouth", "0.1")
+
+
+@pytest.fixture(scope="module")
+def runs(bare_clone, tmp_path_factory) -> Clone:
+    """A clone with a short text, a search on it, and two trainings of the cell that was found."""
+    root = tmp_path_factory.mktemp("recurrent") / "CoNAS"
+    shutil.copytree(bare_clone.root, root)
+    text = root / "data" / "short"
+    text.mkdir()
+    for split, lines in (("train", 420), ("valid", 120), ("test", 120)):
+        kept = (DATA / "gospels" / f"{split}.txt").read_text().splitlines()[:lines]
+        (text / f"{split}.txt").write_text("\n".join(kept) + "\n")
+    clone = Clone(root)
+    done = clone.run("rnn/train_search.py", "--data", text, "--nhid", "12", "--batch_size", "32", "--epochs", "2",
+                     "--bptt", "12", *PLAIN)
+    assert done.returncode == 0, done.stderr
+    for seed in "1", "2":
+        done = clone.run("rnn/train.py", "--data", text, "--nhid", "24", "--batch_size", "16", "--epochs", "6",
+                         "--dropoute", "0", "--seed", seed, "--save", f"s{seed}", *PLAIN)
+        assert done.returncode == 0, done.stderr
+    return clone
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def unigram_loss(folder: Path) -> float:
+    """Of the test text, by the counts of the training text and one more of each word."""
+    corpus = load_corpus("short", folder)
+    counts = collections.Counter(corpus.ids["train"].tolist())
+    total = len(corpus.ids["train"]) + len(corpus.words)
+    test = corpus.ids["test"].tolist()[1:]
+    return -sum(math.log((counts[word] + 1) / total) for word in test) / len(test)
+
+
+def test_search_writes_its_folder_and_learns(runs):
+    folder = runs.root / "rnn" / "search-EXP"
+    for name in ("args.json", "log.txt", "genotypes/epoch_001.json", "checkpoints/epoch_000.pt", "cells/recurrent.svg",
+                 "cells/recurrent.png"):
+        assert (folder / name).exists(), name
+    first, second = metrics(folder)
+    assert second["train_loss"] < first["train_loss"]
+    alphas = [checkpoints.load(folder / "checkpoints" / f"epoch_00{i}.pt")["state"]["alphas_recurrent"] for i in (0, 1)]
+    assert not torch.equal(*alphas)
+
+
+def test_search_then_training_beats_a_unigram_model_and_improves(runs):
+    done = runs.run("rnn/test.py", "--save", "s1")
+    assert done.returncode == 0, done.stderr
+    perplexity = float(done.stdout.split("perplexity ")[1].split()[0])
+    unigram = math.exp(unigram_loss(runs.root / "data" / "short"))
+    assert perplexity < 0.8 * unigram
+    losses = [row["valid_loss"] for row in metrics(runs.root / "rnn" / "train-s1")]
+    assert losses[-1] < losses[0] - 0.3
+    log = (runs.root / "rnn" / "train-s1" / "log.txt").read_text()
+    assert "the cell of" in log and "search-EXP/genotype.json" in log
+
+
+def test_export_and_other_words(runs, tmp_path):
+    path = tmp_path / "safe.safetensors"
+    done, again = runs.run("rnn/test.py", "--save", "s1", "--export", path), runs.run("rnn/test.py", "--model_path", path)
+    assert done.returncode == again.returncode == 0, done.stderr + again.stderr
+    assert done.stdout.split("perplexity")[1].split()[0] == again.stdout.split("perplexity")[1].split()[0]
+    done = runs.run("rnn/test.py", "--save", "s1", "--data", DATA / "gospels")
+    assert done.returncode == 2 and "other words" in done.stderr and len(done.stderr.splitlines()) == 1
+
+
+def test_committee(runs):
+    done = runs.run("test_ensemble.py", "--task", "language", "--save", "words")
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((runs.root / "committee-words-language" / "committee.json").read_text())
+    assert set(summary["members"]) == {"train-s1 best", "train-s2 best"}
+    losses = [member["loss"] for member in summary["members"].values()]
+    assert summary["committee"]["loss"] < sum(losses) / 2  # Jensen
+    alone = runs.run("rnn/test.py", "--save", "s1").stdout
+    assert f"{summary['members']['train-s1 best']['perplexity']:.2f}" == alone.split("perplexity ")[1].split()[0]
+    done = runs.run("test_ensemble.py", "--task", "language", "--members", "rnn/train-s1/checkpoints/best.pt")
+    assert done.returncode == 2 and "two members" in done.stderr
+
+
+@pytest.mark.parametrize("script, extra", [("train_search.py", ()), ("train.py", ("--nonmono", "1", "--lr", "40"))])
+def test_a_stopped_run_goes_on_with_the_same_bits(runs, script, extra):
+    kind = "search" if "search" in script else "train"
+    command = ["--data", runs.root / "data" / "short", "--nhid", "10", "--batch_size", "64", "--epochs", "4",
+               "--bptt", "9", "--checkpoint_minutes", "0", *extra]
+    done = runs.run(f"rnn/{script}", *command, "--save", "whole")
+    assert done.returncode == 0, done.stderr
+    broken = runs.root / "rnn" / f"{kind}-broken"
+    arguments = [sys.executable, script, *map(str, command), "--save", "broken"]
+    codes = []
+    while not codes or (codes[-1] and len(codes) < 4):
+        process = subprocess.Popen(arguments, cwd=runs.root / "rnn", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
+        before = (broken / "resume.pt").stat().st_mtime_ns if codes else 0
+        while process.poll() is None and (not (broken / "resume.pt").exists() or
+                                          (broken / "resume.pt").stat().st_mtime_ns == before):
+            time.sleep(0.02)
+        time.sleep(0.3)
+        process.send_signal(signal.SIGINT)
+        process.communicate()
+        codes.append(process.returncode)
+    assert 130 in codes
+    done = runs.run(f"rnn/{script}", *command, "--save", "broken")
+    assert done.returncode == 0, done.stderr
+    whole = runs.root / "rnn" / f"{kind}-whole"
+    assert metrics(broken) == metrics(whole)
+    one, two = (checkpoints.read(folder / "resume.pt") for folder in (whole, broken))
+    for name, tensor in one["state"].items():
+        assert torch.equal(tensor, two["state"][name]), name
+    if kind == "train":
+        assert {row["optimizer"] for row in metrics(whole)} == {"SGD", "ASGD"}
+        for a, b in zip(one["average"]["values"], two["average"]["values"]):
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("script, flags, why", [
+    ("train_search.py", ("--emsize", "20"), "--emsize 20: must equal --nhid"),
+    ("train_search.py", ("--data", "nowhere"), "nowhere/penn/train.txt: no such file"),
+    ("train.py", ("--arch", "DARTS_V3", "--dataset", "gospels"), "did you mean DARTS_V"),
+    ("train.py", ("--dataset", "gospels", "--batch_size", "30000"), "lower --batch_size"),
+    ("test.py", ("--model_path", "missing.pt"), "missing.pt: no such"),
+])
+def test_errors_are_one_line(runs, script, flags, why):
+    done = runs.run(f"rnn/{script}", *flags, "--save", "errors")
+    assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+def test_average_is_the_mean_since_it_began():
+    network = RecurrentNetwork(4, 3, genotypes.DARTS_V1)
+    average, seen = Average(network), []
+    for _ in range(5):
+        torch.nn.init.normal_(network.decoder.bias)
+        seen.append(network.decoder.bias.detach().clone())
+        average.update()
+    kept = Average(network, average.state())
+    with kept.in_place():
+        torch.testing.assert_close(network.decoder.bias.detach(), torch.stack(seen).mean(dim=0))
+    assert torch.equal(network.decoder.bias, seen[-1])
+
+
+@pytest.mark.parametrize("losses, nonmono, now", [
+    ([5, 4, 3], 2, False), ([5, 4, 3, 3.5], 2, False), ([3, 4, 4, 3.5], 2, True), ([3, 4, 4], 5, False),
+    ([4, 3, 5, 5, 3.5], 2, True), ([4, 3.9, 3, 3, 3.5], 2, False)])
+def test_when_averaging_begins(losses, nonmono, now):
+    assert should_average(losses, nonmono) is now
