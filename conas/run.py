@@ -22,7 +22,7 @@ from conas.files import TEMPORARY, write_json, write_text
 
 # Where and how fast a run computes is free to change between two starts; what it computes is not.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
-        "checkpoint_minutes", "on_nan", "deterministic"}
+        "checkpoint_minutes", "on_nan", "deterministic", "checkpoint_cells", "cuda_graph"}
 
 
 class Run:
