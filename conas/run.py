@@ -24,7 +24,7 @@ from conas.files import write_json, write_text
 # Where and how fast a run computes is free to change between two starts; what it computes is not.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
         "checkpoint_minutes", "on_nan", "deterministic"}
-OF_A_MACHINE = {"data", "device", "workers"}  # may differ between processes that compute one run together
+OF_A_MACHINE = {"data", "workers"}  # may differ between processes that compute one run together
 
 
 class Run:
