@@ -229,6 +229,12 @@ def check_equal(what: str, value) -> None:
                          "machines with the same command, data and versions, or look for failing hardware")
 
 
+def check_network(what: str, network: nn.Module) -> None:
+    """`check_equal` of all that is in a network, by its `checksum`. Waits for the device."""
+    if size() > 1:
+        check_equal(what, checksum(network))
+
+
 @torch.no_grad()
 def checksum(network: nn.Module) -> int:
     """Of the bits of all parameters and floating-point buffers: where one bit differs, so does this."""

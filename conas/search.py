@@ -157,7 +157,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                 if epoch == start and step == 4:
                     announce(run, course.seconds / 5 * train.steps * (weights.epochs - start))
                 if (step + 1) % options.report_freq == 0:
-                    distributed.check_equal("weights and alphas", distributed.checksum(network))
+                    distributed.check_network("weights and alphas", network)
                 keeper.after_step(state)
 
             with keeper.calm(state), torch.autocast(device.type, torch.bfloat16, enabled=amp):
@@ -167,7 +167,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
             run.log(f"epoch {epoch:3d}  rate {lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %  "
                     f"valid {valid_loss:.4f} {valid_accuracy:6.2f} %  {course.rate:.0f} images/s")
             begun = None
-            distributed.check_equal("weights and alphas", distributed.checksum(network))
+            distributed.check_network("weights and alphas", network)
             write_epoch(keeper, state() | {"course": None})
             if board is not None:
                 board.epoch(metrics[-1], network.alphas(), space.primitives, network.genotype())

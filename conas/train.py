@@ -116,7 +116,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
                 if epoch == start and step == 4 and not options.compile:  # compiling happens in the first step
                     announce(run, course.seconds / 5 * stream.steps * (recipe.epochs - start))
                 if (step + 1) % options.report_freq == 0:
-                    distributed.check_equal("weights", distributed.checksum(network))
+                    distributed.check_network("weights", network)
                 keeper.after_step(state)
 
             row = {"epoch": epoch, "learning_rate": lr, "drop_path_prob": network.drop_path_prob,
@@ -131,7 +131,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
             run.log(f"{text}  {course.rate:.0f} images/s")
             begun = None
             last = is_finished(metrics, recipe.epochs, held_out.patience)
-            distributed.check_equal("weights", distributed.checksum(network))
+            distributed.check_network("weights", network)
             write_epoch(keeper, state() | {"course": None}, last or (epoch + 1) % frequency == 0)
             if last:
                 break

@@ -117,11 +117,11 @@ def agreement() -> dict[str, str]:
 
     torch.manual_seed(0)
     network = Everything(C=2, layers=3)
-    sound = complaint(lambda: distributed.check_equal("weights", distributed.checksum(network)))
+    sound = complaint(lambda: distributed.check_network("weights", network))
     if rank == 1:  # a single bit
         weight = network.cells[1].preprocess1.op[1].weight.data
         weight.view(-1)[3] = torch.nextafter(weight.view(-1)[3], torch.tensor(9.0))
-    broken = complaint(lambda: distributed.check_equal("weights", distributed.checksum(network)))
+    broken = complaint(lambda: distributed.check_network("weights", network))
     return {
         "gather": str(distributed.gather({"rank": rank, "values": torch.arange(rank * 3).tolist()})),
         "first": distributed.from_first(lambda: failing(5)), "first fails": complaint(

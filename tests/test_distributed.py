@@ -252,6 +252,7 @@ def wait_for_a_step(root: Path, process: subprocess.Popen, since: int) -> int:
     return path.stat().st_mtime_ns
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds torchrun's children in /proc")
 def test_processes_stop_together_change_in_number_and_are_replaced(bare_clone, tmp_path, alone):
     root = tmp_path / "CoNAS"
     shutil.copytree(bare_clone.root, root)
