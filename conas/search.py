@@ -23,6 +23,7 @@ from conas.config import (
 )
 from conas.data import load
 from conas.draw import draw_genotype
+from conas.errors import InputError
 from conas.evaluate import validate
 from conas.files import write_json
 from conas.graphs import Replayed, graph_fits, on_device
@@ -63,6 +64,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     device = find_device(options.device, keep.deterministic)
     amp = find_precision(speed.amp, device)
     set_tf32(speed.tf32)
+    if alphas.hvp == "exact" and not alphas.unrolled:
+        raise InputError("--hvp exact: first order has no such product; leave it or --no-unrolled out")
     groups = (data, augment, supernet, weights, alphas, options, keep, speed)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
     images = load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset)
@@ -142,7 +145,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                     course.skip_step()
                 else:
                     course.add(*result, len(batch[1]))
-                if epoch == start and step == 4:
+                if epoch == start and step == 4 and not speed.compile:  # compiling happens in the first steps
                     announce(run, course.seconds / 5 * train.steps * (weights.epochs - start))
                 keeper.after_step(state)
 
