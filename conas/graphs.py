@@ -37,7 +37,9 @@ class Replayed:
         self.rate.fill_(lr)
         self.optimizer.param_groups[0]["lr"] = self.rate
         self.seen += 1
-        if self.capture is None or self.seen <= WARM_UP or len(train[1]) < self.size:
+        if self.capture is not None and self.seen <= WARM_UP:
+            return _aside(lambda: self.iterate(train, valid, self.rate), self.rate.device)
+        if self.capture is None or len(train[1]) < self.size:
             return self.iterate(train, valid, self.rate)
         if self.replay is None:
             self.inputs = [tensor.clone() for tensor in (*train, *valid)]
@@ -53,6 +55,18 @@ class Replayed:
             own.copy_(tensor, non_blocking=True)
         self.replay()
         return self.results
+
+
+def _aside(function: Callable, device: torch.device):
+    """Run `function` on a stream of its own, as a recording will: autograd remembers streams."""
+    if device.type != "cuda":
+        return function()
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(stream):
+        results = function()
+    torch.cuda.current_stream(device).wait_stream(stream)
+    return results
 
 
 def _capture(function: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:

@@ -69,6 +69,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     device = find_device(options.device, keep.deterministic)
     amp = find_precision(speed.amp, device)
     set_tf32(speed.tf32)
+    if alphas.hvp == "exact" and not alphas.unrolled:
+        raise InputError("--hvp exact: first order has no such product; leave it or --no-unrolled out")
     if alphas.hvp == "exact" and processes.sync_bn and distributed.size() > 1:
         raise InputError("--hvp exact: cannot differentiate twice through the sums of --sync_bn; leave one of them out")
     groups = (data, augment, supernet, weights, alphas, options, keep, processes, speed)
@@ -154,7 +156,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                     course.skip_step()
                 else:
                     course.add(*result, train.size(step))
-                if epoch == start and step == 4:
+                if epoch == start and step == 4 and not speed.compile:  # compiling happens in the first steps
                     announce(run, course.seconds / 5 * train.steps * (weights.epochs - start))
                 if (step + 1) % options.report_freq == 0:
                     distributed.check_network("weights and alphas", network)

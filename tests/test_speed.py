@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conas import search, speed
 from conas.checkpoint import load
+from conas.errors import InputError
 from conas.graphs import WARM_UP, Replayed, graph_fits, on_device
 from conas.search import weight_step
 from conas.speed import checkpointed, compile_cells, compiled
@@ -178,6 +179,11 @@ def test_exact_products_of_a_search(plain, tmp_path):
     state, log = run_search(tmp_path, "--hvp", "exact")
     assert "exact" in log and "exact" not in plain[1]
     assert not torch.equal(state["alphas_normal"], plain[0]["alphas_normal"])
+
+
+def test_first_order_has_no_exact_product(tmp_path):
+    with pytest.raises(InputError, match="--hvp exact.*--no-unrolled"):
+        run_search(tmp_path, "--hvp", "exact", "--no-unrolled")
 
 
 def test_tf32_is_off_unless_wanted(tmp_path):
