@@ -82,7 +82,8 @@ def test_search_then_training_beats_a_unigram_model_and_improves(runs):
 
 def test_export_and_other_words(runs, tmp_path):
     path = tmp_path / "safe.safetensors"
-    done, again = runs.run("rnn/test.py", "--save", "s1", "--export", path), runs.run("rnn/test.py", "--model_path", path)
+    done = runs.run("rnn/test.py", "--save", "s1", "--export", path)
+    again = runs.run("rnn/test.py", "--model_path", path)
     assert done.returncode == again.returncode == 0, done.stderr + again.stderr
     assert done.stdout.split("perplexity")[1].split()[0] == again.stdout.split("perplexity")[1].split()[0]
     done = runs.run("rnn/test.py", "--save", "s1", "--data", DATA / "gospels")
