@@ -3,11 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 SMALL := --dataset digits --init_channels 8 --layers 3 --epochs 6 --batch_size 32 --save demo
 RETRAIN := --search demo --dataset digits --init_channels 16 --layers 3 --epochs 40 --batch_size 32 --auxiliary --save demo
+TEXT := --dataset gospels --dropout 0.3 --dropoutx 0.2 --dropouti 0.1 --dropouth 0.1
 SPACES := cnn_space1 cnn_space2 cnn_space3
 # The networks of the demo and of the tests are so small that threads would mostly wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-train search test torture lint clean
+.PHONY: demo demo-rnn demo-train search test torture lint clean
 .DELETE_ON_ERROR:
 
 .venv/.core: requirements.txt
@@ -39,6 +40,14 @@ SEARCHES := $(addprefix search-,$(SPACES))
 search: $(SEARCHES)
 $(SEARCHES): search-cnn_space%: .venv/.core
 	cd cnn_space$* && ../$(BIN)/python train_search.py --device cuda:$$((($* - 1) % $(GPUS))) $(FLAGS)
+
+# Search a recurrent cell on the text that comes with the project, train it twice, test both and their committee.
+demo-rnn: .venv/.core
+	cd rnn && ../$(BIN)/python train_search.py $(TEXT) --nhid 32 --batch_size 64 --epochs 5 --save demo
+	for seed in 1 2; do (cd rnn && ../$(BIN)/python train.py $(TEXT) --nhid 128 --batch_size 32 --epochs 12 \
+		--dropoute 0 --search demo --seed $$seed --save demo-$$seed) || exit; done
+	for seed in 1 2; do (cd rnn && ../$(BIN)/python test.py --save demo-$$seed) || exit; done
+	$(BIN)/python test_ensemble.py --task language --save demo --members 'rnn/train-demo-*/checkpoints/best.pt'
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile

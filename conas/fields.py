@@ -42,6 +42,8 @@ MORE = {"crop": _optional(_between(1, SIDE, int)), "train_portion": _between(0, 
         "split_seed": _between(0, 2**31 - 1, int), "skip_bad_images": lambda value: type(value) is bool}
 NETWORK = {"C": _between(1, NUMBER, int), "num_classes": _between(1, NUMBER, int), "layers": _between(1, LAYERS, int),
            "in_channels": _between(1, NUMBER, int), "image_size": _between(1, SIDE, int)}
+TEXTS = {name: IMAGES[name] for name in ("root", "classes", "fingerprint")} | {"name": _is_text}
+LANGUAGE = {"words": _between(1, NUMBER, int), "units": _between(1, 10**5, int)}
 BASIC = "C", "num_classes", "layers"  # of every network
 
 
@@ -53,7 +55,11 @@ def check(path: str | Path, checkpoint: dict) -> dict:
     for name, value in checkpoint.items():
         if name in ("network", "genotype", "dataset", "arguments") and not is_plain(value):
             raise InputError(f"{path}: its field {name!r} holds more than numbers and texts; copy a good one here")
+    if not is_state(checkpoint["state"]):
+        raise InputError(f"{path}: its field 'state' holds more than tensors by name; copy a good one here")
     about, network = checkpoint["dataset"], checkpoint["network"]
+    if "words" in network:
+        return _check_language(path, checkpoint)
     _table(path, about, IMAGES, "its images'")
     _table(path, about, {name: check for name, check in MORE.items() if name in about}, "its images'")
     _table(path, network, {name: check for name, check in NETWORK.items() if name in network or name in BASIC},
@@ -64,8 +70,16 @@ def check(path: str | Path, checkpoint: dict) -> dict:
     channels = DATASETS[about["name"]].channels
     if network.get("in_channels", 3) != channels or (about.get("crop") or 0) > about["image_size"]:
         raise InputError(f"{path}: its network takes other images than those of {about['name']}; copy a good one here")
-    if not is_state(checkpoint["state"]):
-        raise InputError(f"{path}: its field 'state' holds more than tensors by name; copy a good one here")
+    return checkpoint
+
+
+def _check_language(path: str | Path, checkpoint: dict) -> dict:
+    about, network = checkpoint["dataset"], checkpoint["network"]
+    _table(path, about, TEXTS, "its text's")
+    _table(path, network, LANGUAGE, "its network's")
+    if network["words"] != len(about["classes"]):
+        raise InputError(f"{path}: its network knows {network['words']} words, but its text has "
+                         f"{len(about['classes'])}; copy a good one here")
     return checkpoint
 
 
@@ -104,6 +118,9 @@ def is_state(value: object) -> bool:
     """Whether a value is a dict of ordinary tensors by name, with no more elements than there is memory behind them."""
     if not isinstance(value, dict) or not all(isinstance(name, str) and _is_ordinary(t) for name, t in value.items()):
         return False
+    encoder, decoder = value.get("encoder.weight"), value.get("decoder.weight")
+    if encoder is not None and decoder is not None and encoder.is_set_to(decoder):  # language models: one matrix
+        value = {name: tensor for name, tensor in value.items() if name != "decoder.weight"}
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in value.values()}
     return sum(tensor.numel() * tensor.element_size() for tensor in value.values()) <= sum(storages.values())
 
@@ -116,6 +133,8 @@ def _is_ordinary(tensor: object) -> bool:
 def is_large(checkpoint: dict) -> bool:
     """Whether a checkpoint describes a network so large that its tensors have to be looked at before it is built."""
     network, cell = checkpoint["network"], checkpoint["genotype"].get("normal", ())
+    if "words" in network:
+        return True
     return network["C"] > 64 or network["layers"] > 20 or network["num_classes"] > 10_000 or len(cell) > 16
 
 

@@ -1,9 +1,10 @@
 """The steps of a language model: its batches and their dropout, the step of its weights and that of its alphas."""
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from conas.architect import Bilevel
 from conas.errors import InputError
@@ -46,7 +47,11 @@ class LanguageBilevel(Bilevel):
 
     def loss(self, batch: TextBatch, w: Tensor) -> Tensor:
         """L(w, a) on `batch`: nats a word, without the regularisers of the weights' own step."""
-        return text_loss(self.network.with_weights(batch, w)[0], batch)
+        return self.network.loss(batch, w)[0]
+
+    def grad_weights(self, batch: TextBatch, w: Tensor) -> Tensor:
+        with without_alphas(self.network):
+            return super().grad_weights(batch, w)
 
     def count(self, batch: TextBatch) -> int:
         """The words of `batch`."""
@@ -58,9 +63,17 @@ class LanguageBilevel(Bilevel):
         return k * gradient, k
 
 
-def text_loss(logits: Tensor, batch: TextBatch) -> Tensor:
-    """The mean cross-entropy of the next words, in nats."""
-    return cross_entropy(logits.flatten(0, 1), batch.targets.flatten())
+@contextmanager
+def without_alphas(network: LanguageModel) -> Iterator[None]:
+    """Inside, passes do not prepare for a gradient by the alphas, which costs as much as that of the weights."""
+    alphas = [p for name, p in network.named_parameters() if name.startswith("alphas_")]
+    try:
+        for alpha in alphas:
+            alpha.requires_grad_(False)
+        yield
+    finally:
+        for alpha in alphas:
+            alpha.requires_grad_(True)
 
 
 def weight_step(network: LanguageModel, optimizer: torch.optim.SGD, batch: TextBatch, *, grad_clip: float,
@@ -73,8 +86,9 @@ def weight_step(network: LanguageModel, optimizer: torch.optim.SGD, batch: TextB
     """
     before = snapshot(network) if skip else None
     optimizer.zero_grad(set_to_none=True)
-    logits, outputs = network.predict(batch)
-    loss = total = text_loss(logits, batch)
+    with without_alphas(network):
+        loss, outputs = network.loss(batch)
+    total = loss
     if slowness and len(outputs) > 1:
         total = total + slowness * (outputs[1:] - outputs[:-1]).pow(2).mean()
     if activity:
@@ -94,8 +108,7 @@ def evaluate(network: LanguageModel, text: Text, bptt: int) -> float:
     hidden, total = network.initial(text.columns.shape[1]), torch.zeros((), dtype=torch.float64)
     for tokens, targets in text.pieces(bptt):
         batch = TextBatch(tokens, targets, hidden)
-        logits, _ = network.predict(batch)
-        total += text_loss(logits, batch).double().cpu() * len(tokens)
+        total += network.loss(batch)[0].double().cpu() * len(tokens)
         hidden = batch.after
     return total.item() / text.steps
 

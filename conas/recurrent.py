@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
+from conas.decoder import decoded_loss
 from conas.mixed_sequence import run_supernet
 from conas.recurrent_genotype import EDGES, STEPS, Genotype, check, derive
 from conas.sequence import Plan, run_cell
@@ -88,25 +89,35 @@ class LanguageModel(nn.Module):
         return {name: p for name, p in self.named_parameters() if not name.startswith("alphas_")}
 
     def packing(self) -> list[nn.Parameter]:
-        """The weights in the order of the flat vector that `with_weights` takes."""
+        """The weights in the order of the flat vector that `loss` takes."""
         return list(self.weights().values())
 
-    def with_weights(self, batch: TextBatch, w: Tensor) -> tuple[Tensor, Tensor]:
-        """`predict` with the weights in the flat vector `w` in place of the network's own."""
-        parts = w.split([p.numel() for p in self.packing()])
-        return self._predict(batch, {name: part.view_as(p) for part, (name, p) in zip(parts, self.weights().items())})
+    def loss(self, batch: TextBatch, w: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The mean cross-entropy of a batch's targets in nats, and the cell's outputs (T, B, H). Sets `batch.after`.
+
+        With `w`, a flat vector in the order of `packing`, its values are in place of the network's own weights.
+        """
+        weights = self.weights()
+        if w is not None:
+            parts = w.split([p.numel() for p in weights.values()])
+            weights = {name: part.view_as(p) for part, (name, p) in zip(parts, weights.items())}
+        dropped, outputs = self._outputs(batch, weights)
+        return decoded_loss(dropped, weights["encoder.weight"], weights["decoder.bias"], batch.targets), outputs
 
     def predict(self, batch: TextBatch) -> tuple[Tensor, Tensor]:
         """Logits (T, B, V) of the next words, and the cell's outputs (T, B, H). Sets `batch.after`."""
-        return self._predict(batch, self.weights())
+        weights = self.weights()
+        dropped, outputs = self._outputs(batch, weights)
+        return linear(dropped, weights["encoder.weight"], weights["decoder.bias"]), outputs
 
     def forward(self, tokens: Tensor, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Log-probabilities (T, B, V) of the next words, and the hidden state (B, H) after them; nothing is dropped."""
         logits, outputs = self.predict(TextBatch(tokens, tokens, hidden))
         return logits.log_softmax(dim=2), outputs[-1]
 
-    def _predict(self, batch: TextBatch, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        words, bias, W0 = weights["encoder.weight"], weights["decoder.bias"], weights["rnns.0._W0"]
+    def _outputs(self, batch: TextBatch, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The cell's outputs, as the decoder hears them and as they are."""
+        words, W0 = weights["encoder.weight"], weights["rnns.0._W0"]
         Ws = [weights[f"rnns.0._Ws.{i}"] for i in range(len(self.rnns[0]._Ws))]
         masks, units = batch.masks, words.shape[1]
         x = embedding(batch.tokens, words)
@@ -116,8 +127,7 @@ class LanguageModel(nn.Module):
             x = x * masks.inputs
         outputs = self.run(x @ W0[:units], batch.hidden, W0[units:], Ws, masks.hidden)
         batch.after = outputs[-1].detach()
-        dropped = outputs if masks.outputs is None else outputs * masks.outputs
-        return linear(dropped, words, bias), outputs
+        return outputs if masks.outputs is None else outputs * masks.outputs, outputs
 
 
 class RecurrentNetwork(LanguageModel):

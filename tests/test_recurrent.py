@@ -7,7 +7,7 @@ from torch import nn
 
 from benchmarks import textbook_rnn
 from conas.errors import InputError
-from conas.language import draw_masks, text_loss, weight_step
+from conas.language import draw_masks, weight_step
 from conas.language_options import DropoutOptions
 from conas.recurrent import Masks, RecurrentNetwork, TextBatch
 from conas.recurrent_genotype import EDGES, Genotype, derive, from_json
@@ -85,8 +85,8 @@ def test_loss_and_gradients_are_those_of_the_textbook(cell, rates):
         network.rnns[0].bn.running_var.uniform_(0.5, 2)
     batch = text_batch(network, rates)
     expected, gradients, hidden, book = textbook_of(network, batch)
-    logits, outputs = network.predict(batch)
-    loss = text_loss(logits, batch) + outputs.pow(2).mean()
+    loss, outputs = network.loss(batch)
+    loss = loss + outputs.pow(2).mean()
     loss.backward()
     torch.testing.assert_close(loss, expected)
     torch.testing.assert_close(batch.after, hidden.detach())
@@ -98,10 +98,19 @@ def test_loss_and_gradients_are_those_of_the_textbook(cell, rates):
         torch.testing.assert_close(network.rnns[0].bn.running_var, book.rnns[0].bn.running_var)
 
 
+@pytest.mark.parametrize("kind", [Network, lambda *size: RecurrentNetwork(*size, CELLS["ENAS"])])
+def test_loss_is_the_cross_entropy_of_the_logits(kind):
+    network = spread(kind(V, H))
+    batch = text_batch(network, DropoutOptions())
+    logits, _ = network.predict(batch)
+    torch.testing.assert_close(nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()),
+                               network.loss(batch)[0])
+
+
 def test_backward_runs_once():
     network = RecurrentNetwork(V, H, CELLS["DARTS_V1"])
     batch = text_batch(network)
-    loss = text_loss(network.predict(batch)[0], batch)
+    loss, _ = network.loss(batch)
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="once"):
         loss.backward()
@@ -222,14 +231,14 @@ def test_weight_step_is_clipped_sgd_with_both_regularisers():
     batch = text_batch(network, DropoutOptions())
     optimizer = torch.optim.SGD(network.parameters(), lr=2.0, weight_decay=0.1)
     before = [p.detach().clone() for p in network.parameters()]
-    logits, outputs = network.predict(batch)
+    expected, outputs = network.loss(batch)
     change, dropped = outputs[1:] - outputs[:-1], outputs * batch.masks.outputs
-    total = text_loss(logits, batch) + 0.5 * (change ** 2).mean() + 0.25 * (dropped ** 2).mean()
+    total = expected + 0.5 * (change ** 2).mean() + 0.25 * (dropped ** 2).mean()
     gradients = torch.autograd.grad(total, list(network.parameters()))
     factor = min(1, 0.01 / torch.cat([g.flatten() for g in gradients]).norm().item())
     assert factor < 1
     loss = weight_step(network, optimizer, batch, grad_clip=0.01, slowness=0.5, activity=0.25)
-    torch.testing.assert_close(loss, text_loss(logits, batch).detach())
+    torch.testing.assert_close(loss, expected.detach())
     for p, old, g in zip(network.parameters(), before, gradients):
         torch.testing.assert_close(p.detach(), old - 2.0 * (factor * g + 0.1 * old), rtol=1e-5, atol=1e-7)
 

@@ -1,22 +1,24 @@
 """The scripts of rnn/ on small text: search, training, test, committee, and going on exactly."""
 import collections
+import itertools
 import json
 import math
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
 
 from conas import checkpoint as checkpoints
+from conas import language_search, language_train
+from conas.errors import InputError
+from conas.keeper import Keeper
 from conas.language_train import Average, should_average
 from conas.recurrent import RecurrentNetwork
 from conas.text import load_corpus
 from rnn import genotypes
+from rnn.architect import Architect
+from rnn.model_search import Network
 from tests.conftest import Clone
 
 DATA = Path(__file__).parent.parent / "data"
@@ -82,7 +84,8 @@ def test_search_then_training_beats_a_unigram_model_and_improves(runs):
 
 def test_export_and_other_words(runs, tmp_path):
     path = tmp_path / "safe.safetensors"
-    done, again = runs.run("rnn/test.py", "--save", "s1", "--export", path), runs.run("rnn/test.py", "--model_path", path)
+    done = runs.run("rnn/test.py", "--save", "s1", "--export", path)
+    again = runs.run("rnn/test.py", "--model_path", path)
     assert done.returncode == again.returncode == 0, done.stderr + again.stderr
     assert done.stdout.split("perplexity")[1].split()[0] == again.stdout.split("perplexity")[1].split()[0]
     done = runs.run("rnn/test.py", "--save", "s1", "--data", DATA / "gospels")
@@ -102,50 +105,66 @@ def test_committee(runs):
     assert done.returncode == 2 and "two members" in done.stderr
 
 
-@pytest.mark.parametrize("script, extra", [("train_search.py", ()), ("train.py", ("--nonmono", "1", "--lr", "40"))])
-def test_a_stopped_run_goes_on_with_the_same_bits(runs, script, extra):
-    kind = "search" if "search" in script else "train"
-    command = ["--data", runs.root / "data" / "short", "--nhid", "10", "--batch_size", "64", "--epochs", "4",
-               "--bptt", "9", "--checkpoint_minutes", "0", *extra]
-    done = runs.run(f"rnn/{script}", *command, "--save", "whole")
-    assert done.returncode == 0, done.stderr
-    broken = runs.root / "rnn" / f"{kind}-broken"
-    arguments = [sys.executable, script, *map(str, command), "--save", "broken"]
-    codes = []
-    while not codes or (codes[-1] and len(codes) < 4):
-        process = subprocess.Popen(arguments, cwd=runs.root / "rnn", stderr=subprocess.PIPE, stdout=subprocess.DEVNULL)
-        before = (broken / "resume.pt").stat().st_mtime_ns if codes else 0
-        while process.poll() is None and (not (broken / "resume.pt").exists() or
-                                          (broken / "resume.pt").stat().st_mtime_ns == before):
-            time.sleep(0.02)
-        time.sleep(0.3)
-        process.send_signal(signal.SIGINT)
-        process.communicate()
-        codes.append(process.returncode)
-    assert 130 in codes
-    done = runs.run(f"rnn/{script}", *command, "--save", "broken")
-    assert done.returncode == 0, done.stderr
-    whole = runs.root / "rnn" / f"{kind}-whole"
+class Killed(BaseException):
+    """What ends a process in the middle of a step."""
+
+
+@pytest.mark.parametrize("kind", ["search", "train"])
+def test_a_killed_run_goes_on_with_the_same_bits(runs, kind, tmp_path, monkeypatch):
+    folder = tmp_path / "rnn"
+    folder.mkdir()
+    flags = ["--data", str(runs.root / "data" / "short"), "--nhid", "8", "--batch_size", "128", "--epochs", "4",
+             "--bptt", "9", "--checkpoint_minutes", "0"]
+    # averaging begins after epoch 1, so that states before and after it are resumed
+    monkeypatch.setattr(language_train, "should_average", lambda losses, nonmono: len(losses) == 2)
+
+    def run(save: str, end: int | None = None) -> Path:
+        steps = itertools.count(1)
+
+        def after_step(self, state):
+            if next(steps) == end:
+                raise Killed
+            Keeper_after_step(self, state)
+
+        monkeypatch.setattr(Keeper, "after_step", after_step)
+        command = [*flags, "--save", save]
+        if kind == "search":
+            language_search.main(folder, Network, Architect, "", command)
+        else:
+            language_train.main(folder, genotypes, "", command)
+        return folder / f"{kind}-{save}"
+
+    Keeper_after_step = Keeper.after_step
+    whole = run("whole")
+    for end in (1, 3, 2, 9, 14):
+        with pytest.raises(Killed):
+            run("broken", end)
+    broken = run("broken")
     assert metrics(broken) == metrics(whole)
-    one, two = (checkpoints.read(folder / "resume.pt") for folder in (whole, broken))
+    one, two = (checkpoints.read(path / "resume.pt") for path in (whole, broken))
     for name, tensor in one["state"].items():
         assert torch.equal(tensor, two["state"][name]), name
     if kind == "train":
-        assert {row["optimizer"] for row in metrics(whole)} == {"SGD", "ASGD"}
-        for a, b in zip(one["average"]["values"], two["average"]["values"]):
-            assert torch.equal(a, b)
+        assert [row["optimizer"] for row in metrics(whole)] == ["SGD", "SGD", "ASGD", "ASGD"]
+        assert all(torch.equal(a, b) for a, b in zip(one["average"]["values"], two["average"]["values"]))
 
 
 @pytest.mark.parametrize("script, flags, why", [
-    ("train_search.py", ("--emsize", "20"), "--emsize 20: must equal --nhid"),
     ("train_search.py", ("--data", "nowhere"), "nowhere/penn/train.txt: no such file"),
-    ("train.py", ("--arch", "DARTS_V3", "--dataset", "gospels"), "did you mean DARTS_V"),
-    ("train.py", ("--dataset", "gospels", "--batch_size", "30000"), "lower --batch_size"),
     ("test.py", ("--model_path", "missing.pt"), "missing.pt: no such"),
 ])
 def test_errors_are_one_line(runs, script, flags, why):
     done = runs.run(f"rnn/{script}", *flags, "--save", "errors")
     assert done.returncode == 2 and why in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+
+
+@pytest.mark.parametrize("flags, why", [
+    (("--emsize", "20"), "--emsize 20: must equal --nhid"), (("--arch", "DARTS_V3"), "did you mean DARTS_V"),
+    (("--batch_size", "30000"), "lower --batch_size"), (("--search", "none"), "start train_search.py"),
+])
+def test_flags_that_cannot_be(tmp_path, flags, why):
+    with pytest.raises(InputError, match=why):
+        language_train.main(tmp_path, genotypes, "", ["--dataset", "gospels", *flags])
 
 
 def test_average_is_the_mean_since_it_began():

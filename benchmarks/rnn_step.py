@@ -1,0 +1,173 @@
+"""The step of a recurrent search and of a recurrent training, against a textbook loop over time steps.
+
+    OMP_NUM_THREADS=1 python -m benchmarks.rnn_step                      # small enough for a CPU
+    python -m benchmarks.rnn_step --device cuda --nhid 300 --batch_size 256 --words 10000
+
+Both have the same sizes, batch and dropout rates. The textbook (`benchmarks/textbook_rnn.py`) draws masks where it uses
+them and lets autograd record every operation of every time step; it takes the same four passes for the alphas.
+`search` is an alpha step of second order and a weight step, `train` a weight step with DARTS_V2, `cell` forward and
+backward of the supernet's cell alone. They take turns in one process, and each round gives one ratio, of processor time
+with one thread on a CPU, else of elapsed time. Prints medians with the quartiles, and writes
+benchmarks/results/rnn_step-DEVICE.json.
+"""
+import argparse
+import json
+import os
+import platform
+import time
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from benchmarks import textbook_rnn
+from benchmarks.train_step import RESULTS, processor, spread
+from conas.cli import find_device
+from conas.language import draw_masks, weight_step
+from conas.language_options import DropoutOptions
+from conas.recurrent import RecurrentNetwork, TextBatch
+from rnn.architect import Architect
+from rnn.genotypes import DARTS_V2, PRIMITIVES
+from rnn.model_search import Network
+
+RATE, DECAY, CLIP, SLOWNESS = 20.0, 5e-7, 0.25, 1e-3
+RATES = DropoutOptions()
+
+
+def textbook_loss(network: textbook_rnn.Network, batch: TextBatch, slowness: float = 0.0) -> torch.Tensor:
+    log_prob, _, outputs = network(batch.tokens, batch.hidden)
+    loss = nn.functional.nll_loss(log_prob.flatten(0, 1), batch.targets.flatten())
+    return loss + slowness * (outputs[1:] - outputs[:-1]).pow(2).mean() if slowness else loss
+
+
+def textbook_alpha_step(network: textbook_rnn.Network, adam: torch.optim.Adam, train: TextBatch, valid: TextBatch
+                        ) -> None:
+    weights = [p for p in network.parameters() if p is not network.alphas]
+    gradients = torch.autograd.grad(textbook_loss(network, train), weights)
+    before = [w.detach().clone() for w in weights]
+    k = min(1.0, CLIP / (nn.utils.get_total_norm(gradients).item() + 1e-6))
+    with torch.no_grad():
+        for w, g in zip(weights, gradients):
+            w -= RATE * (k * g + DECAY * w)
+    first, *d = torch.autograd.grad(textbook_loss(network, valid), [network.alphas, *weights])
+    length = nn.utils.get_total_norm(d).item()
+    shorter = min(1.0, CLIP / (length + 1e-6))
+    eps = 0.01 / (shorter * length)
+    sides = []
+    for sign in (1, -1):
+        with torch.no_grad():
+            for w, old, part in zip(weights, before, d):
+                w.copy_(old + sign * eps * shorter * part)
+        sides.append(torch.autograd.grad(textbook_loss(network, train), [network.alphas])[0])
+    with torch.no_grad():
+        for w, old in zip(weights, before):
+            w.copy_(old)
+    network.alphas.grad = first - RATE * k * (sides[0] - sides[1]) / (2 * eps)
+    adam.step()
+
+
+def textbook_weight_step(network: textbook_rnn.Network, sgd: torch.optim.SGD, batch: TextBatch) -> None:
+    sgd.zero_grad()
+    textbook_loss(network, batch, SLOWNESS).backward()
+    nn.utils.clip_grad_norm_(sgd.param_groups[0]["params"], CLIP)
+    sgd.step()
+
+
+def tasks(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Callable[[], None]]]:
+    """For each task, a step of ours and one of the textbook."""
+    words, units, B, T = options.words, options.nhid, options.batch_size, options.bptt
+    generator = torch.Generator(device).manual_seed(0)
+    rates = {name: getattr(RATES, name) for name in ("dropout", "dropouth", "dropoutx", "dropouti", "dropoute")}
+    torch.manual_seed(0)
+    supernet = Network(words, units).to(device)
+    book = textbook_rnn.Network(words, units, primitives=PRIMITIVES, **rates)
+    network = RecurrentNetwork(words, units, DARTS_V2).to(device)
+    plain = textbook_rnn.Network(words, units, recurrent=DARTS_V2.recurrent, **rates)
+    book, plain = book.to(device), plain.to(device)
+
+    def sgd(parameters) -> torch.optim.SGD:
+        return torch.optim.SGD(parameters, lr=RATE, weight_decay=DECAY)
+
+    ours_sgd, book_sgd = sgd(supernet.weights().values()), sgd([p for p in book.parameters() if p is not book.alphas])
+    network_sgd, plain_sgd = sgd(network.parameters()), sgd(plain.parameters())
+    architect, adam = Architect(supernet, ours_sgd), torch.optim.Adam([book.alphas], lr=3e-3, weight_decay=1e-3)
+    tokens = torch.randint(words, (4, T, B), device=device)
+
+    def batches(of: nn.Module | None) -> list[TextBatch]:
+        hidden = torch.zeros(B, units, device=device)
+        pairs = (tokens[0], tokens[1]), (tokens[2], tokens[3])
+        return [TextBatch(*pair, hidden, *([draw_masks(RATES, B, of, generator)] if of else [])) for pair in pairs]
+
+    def ours_search() -> None:
+        train, valid = batches(supernet)
+        architect.step(train, valid, RATE)
+        weight_step(supernet, ours_sgd, train, grad_clip=CLIP, slowness=SLOWNESS)
+
+    def book_search() -> None:
+        train, valid = batches(None)
+        textbook_alpha_step(book, adam, train, valid)
+        textbook_weight_step(book, book_sgd, train)
+
+    x = torch.randn(T, B, 2 * units, device=device, requires_grad=True)
+
+    def ours_cell() -> None:
+        mask = draw_masks(RATES, B, supernet, generator).hidden
+        W0, Ws = supernet.rnns[0]._W0, list(supernet.rnns[0]._Ws)
+        supernet.run(x, x.new_zeros(B, units), W0[units:], Ws, mask).sum().backward()
+
+    def book_cell() -> None:
+        hidden, outputs = x.new_zeros(B, units), []
+        for t in range(T):
+            mask = book.mask(x, (B, units), RATES.dropouth)
+            c, h = (x[t] + (hidden * mask) @ book.rnns[0]._W0[units:]).chunk(2, dim=1)
+            hidden = book.search_step(hidden + c.sigmoid() * (h.tanh() - hidden), mask)
+            outputs.append(hidden)
+        torch.stack(outputs).sum().backward()
+
+    return {"search": {"ours": ours_search, "textbook": book_search},
+            "train": {"ours": lambda: weight_step(network, network_sgd, batches(network)[0], grad_clip=CLIP,
+                                                  slowness=SLOWNESS),
+                      "textbook": lambda: textbook_weight_step(plain, plain_sgd, batches(None)[0])},
+            "cell": {"ours": ours_cell, "textbook": book_cell}}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("nhid", 64), ("batch_size", 32), ("words", 2000), ("bptt", 35), ("rounds", 9)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--device", default="auto")
+    options = parser.parse_args()
+    device = find_device(options.device)
+    clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    result = {}
+    for task, steps in tasks(options, device).items():
+        taken: dict[str, list[float]] = {name: [] for name in steps}
+        for turn in range(-1, options.rounds):  # the first turn pays for what is done once
+            for name in sorted(steps, reverse=turn % 2 == 1):
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                began = clock()
+                steps[name]()
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                if turn >= 0:
+                    taken[name].append(clock() - began)
+        result[task] = {"textbook_over_ours": spread([t / o for o, t in zip(taken["ours"], taken["textbook"])]),
+                        "milliseconds": {name: spread([1000 * s for s in seconds]) for name, seconds in taken.items()}}
+        low, high = result[task]["textbook_over_ours"]["quartiles"]
+        milliseconds = {name: value["median"] for name, value in result[task]["milliseconds"].items()}
+        print(f"{task:6}  {result[task]['textbook_over_ours']['median']:.2f} times as fast as the textbook (quartiles "
+              f"{low:.2f} to {high:.2f}, n = {options.rounds}); {milliseconds['ours']:.0f} ms against "
+              f"{milliseconds['textbook']:.0f} ms", flush=True)
+    result |= {"n": options.rounds, "options": vars(options), "clock": clock.__name__,
+               "machine": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
+                           "cores": os.cpu_count(), "threads": torch.get_num_threads()},
+               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
+    RESULTS.mkdir(exist_ok=True)
+    path = RESULTS / f"rnn_step-{device.type}.json"
+    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    main()
