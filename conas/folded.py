@@ -8,7 +8,7 @@ and covariance S of its channels over all pixels,
 so neither W z nor its normalised form is ever stored, and weighing by p costs nothing. With running statistics the
 same holds with their variance, and a constant for their mean.
 """
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -20,17 +20,18 @@ EPS = 1e-5  # of nn.BatchNorm2d
 
 
 def halfway(z: Tensor, mean: Tensor | None, weight: Tensor, norms: Sequence[nn.BatchNorm2d], statistics: Statistics
-            ) -> Tensor:
-    """relu(BatchNorm(W z)), of the shape of z; weight (K, C, C).
+            ) -> tuple[Tensor, Callable[[], Tensor] | None]:
+    """relu(BatchNorm(W z)), of the shape of z; weight (K, C, C). And, if it is cheap, what computes it again.
 
     By the statistics of the batch, `mean` (K, 1, C) is the mean that has been subtracted from z.
     """
     if not statistics.batch:
         scaled, shift = _running_scale(weight, None, norms)
-        return torch.baddbmm(shift, _rows(z), scaled).relu().view(z.shape)
-    out, variance = _Halfway.apply(z, weight)
+        return torch.baddbmm(shift, _rows(z), scaled).relu().view(z.shape), None
+    again = _Again()
+    out, variance = _Halfway.apply(z, weight, again)
     statistics.add(norms, mean, weight, variance, z[0].numel() // z.shape[-1])
-    return out
+    return out, again
 
 
 def mix(z: Tensor | None, inner: Tensor | None, mean: Tensor | None, weight: Tensor, p: Tensor, plain: Tensor | None,
@@ -96,26 +97,38 @@ class _Folded:
         return d_weight.transpose(1, 2), d_p, matrix
 
 
+class _Again:
+    """The output of `_Halfway`, which is not kept: one product more in the backward pass saves a third of the maps."""
+
+    def __init__(self):
+        self.z = self.scaled = self.out = None
+
+    def __call__(self) -> Tensor:
+        if self.out is None:
+            self.out = torch.bmm(_rows(self.z), self.scaled).relu_().view(self.z.shape)
+        return self.out
+
+
 class _Halfway(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, z, weight):
+    def forward(ctx, z, weight, again):
         rows = _rows(z)
         ctx.folded = folded = _Folded(weight, None, _products(rows, rows), rows.shape[1])
+        ctx.again, again.z, again.scaled = again, z.detach(), folded.scaled
         out = torch.bmm(rows, folded.scaled).relu_().view(z.shape)
-        ctx.save_for_backward(z, out)
         ctx.mark_non_differentiable(folded.variance)
         return out, folded.variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        z, out = ctx.saved_tensors
+        z, out, ctx.again.out = ctx.again.z, ctx.again(), None
         rows = _rows(z)
         grad = _rows(torch.ops.aten.threshold_backward(grad, out, 0))
         grad -= _mean(grad)  # z is centred, so its gradient is
         d_weight, _, matrix = ctx.folded.backward(_products(rows, grad))
         d_z = torch.bmm(rows, matrix).baddbmm_(grad, ctx.folded.scaled.transpose(1, 2))
-        return d_z.view(z.shape), d_weight
+        return d_z.view(z.shape), d_weight, None
 
 
 class _Mix(torch.autograd.Function):
