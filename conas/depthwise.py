@@ -53,15 +53,16 @@ class _Convolve(torch.autograd.Function):
         ctx.save_for_backward(None if again else x, *weights)
         ctx.again, ctx.shape, ctx.settings = again, x.shape, (stride, dilation)
         ctx.small = small = _is_small(x)
-        means = _means(x, weights, stride, dilation) if centred else [None] * len(weights)
+        ctx.set_materialize_grads(False)
+        shifts = _shifts(x, weights, stride, dilation) if centred else [None] * len(weights)
         outs = []
-        for blocks, weight, mean in zip(_inputs(x, _groups(x.shape, weights), small), weights, means):
-            biases = [None] * len(blocks) if mean is None else mean.neg().view(len(blocks), -1).unbind()
+        for blocks, weight, shift in zip(_inputs(x, _groups(x.shape, weights), small), weights, shifts):
+            biases = [None] * len(blocks) if shift is None else shift.view(len(blocks), -1).unbind()
             outs += [_convolution(block, kernel, stride, dilation, bias)
                      for block, kernel, bias in zip(blocks, weight.chunk(len(blocks)), biases)]
         mean = None
         if centred:
-            mean = torch.cat(means)[:, None]
+            mean = torch.cat(shifts).neg()[:, None]
             ctx.mark_non_differentiable(mean)
         return _pack(outs, x.shape[-1]), mean
 
@@ -130,7 +131,7 @@ def _gradients(grad, x, weight, stride, dilation, padding, wanted):
 
 def _input_gradient(shape, weights, grads, stride, dilation):
     (S, N, H, W, C), sums = shape, []
-    separate = S == sum(_groups(shape, weights))
+    separate = sum(_groups(shape, weights)) == S
     for weight, blocks in zip(weights, grads):
         if stride == 1:
             kernels = weight.flip(2, 3).chunk(len(blocks))
@@ -176,32 +177,32 @@ def _weight_gradient(x, blocks, weight, grads, stride, dilation, small):
     return torch.cat(columns, 3) if len(columns) > 1 else columns[0]
 
 
-def _means(x: Tensor, weights: Sequence[Tensor], stride: int, dilation: int) -> list[Tensor]:
-    """The mean over images and pixels of each weight's convolutions, from the mean image: (groups, C)."""
+def _shifts(x: Tensor, weights: Sequence[Tensor], stride: int, dilation: int) -> list[Tensor]:
+    """Less the mean over images and pixels of each weight's convolutions, from the mean image: (groups, C)."""
     S, _, H, W, C = x.shape
     widest = max(weight.shape[-1] for weight in weights)
     taps = _taps(widest, H, W, stride, dilation, x.dtype, x.device)
     taps = torch.bmm(taps.expand(S, -1, -1), x.mean(1).view(S, H * W, C)).view(S, widest, widest, 1, C)
-    groups, means = _groups(x.shape, weights), []
+    groups, shifts = _groups(x.shape, weights), []
     parts = taps.split(groups) if sum(groups) == S else [taps] * len(groups)
     for part, weight, G in zip(parts, weights, groups):
         k = weight.shape[-1]
         at = slice((widest - k) // 2, (widest + k) // 2)
         kernels = weight.view(len(part), G // len(part), C, k, k).permute(0, 3, 4, 1, 2)
-        means.append((part[:, at, at] * kernels).sum((1, 2)).view(G, C))
-    return means
+        shifts.append((part[:, at, at] * kernels).sum((1, 2)).view(G, C))
+    return shifts
 
 
 @lru_cache
 def _taps(k: int, H: int, W: int, stride: int, dilation: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(k*k, H*W): the share of each pixel in the mean over all outputs of what each tap reads."""
+    """(k*k, H*W): less the share of each pixel in the mean over all outputs of what each tap reads."""
     def along(size):
         at = torch.arange(0, size, stride)[None] + dilation * (torch.arange(k)[:, None] - k // 2)
         inside = (at >= 0) & (at < size)
         taps = torch.zeros(k, size, dtype=dtype).scatter_add_(1, at.clamp(0, size - 1), inside.to(dtype))
         return taps / at.shape[1]
 
-    return torch.kron(along(H), along(W)).to(device)
+    return torch.kron(along(H), along(W)).neg_().to(device)
 
 
 class DepthwiseConv2d(nn.Conv2d):

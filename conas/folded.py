@@ -71,8 +71,7 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 def _mean(g: Tensor) -> Tensor:
     """The mean over pixels of g (K, pixels, C), (K, 1, C)."""
-    K, pixels, _ = g.shape
-    return torch.bmm(g.new_full((1, 1, 1), 1 / pixels).expand(K, 1, pixels), g)
+    return g.mean(1, keepdim=True)
 
 
 class _Folded:
@@ -117,6 +116,7 @@ class _Halfway(torch.autograd.Function):
         ctx.again, again.z, again.scaled = again, z.detach(), folded.scaled
         out = torch.bmm(rows, folded.scaled).relu_().view(z.shape)
         ctx.mark_non_differentiable(folded.variance)
+        ctx.set_materialize_grads(False)
         return out, folded.variance
 
     @staticmethod
@@ -139,6 +139,7 @@ class _Mix(torch.autograd.Function):
         sums = _sums(z, inner, folded.scaled, plain, q)
         ctx.save_for_backward(z, inner, plain, q)
         ctx.mark_non_differentiable(folded.variance)
+        ctx.set_materialize_grads(False)
         return *sums, folded.variance
 
     @staticmethod
@@ -150,17 +151,18 @@ class _Mix(torch.autograd.Function):
         if plain is not None:
             flat, maps = grad.view(E, -1), plain.view(len(plain), -1)
             d_plain, d_q = (q.t() @ flat).view(plain.shape), flat @ maps.t()
-        terms = []  # z, its gradient, and the gradient of its sum, for the groups of one operation on all edges
-        d_maps = [None, None]
-        for i, (m, g) in enumerate([(z, grad), (inner, grad_inner)]):
-            if m is not None:
-                d_maps[i] = torch.empty_like(m)
-                g = _rows(g) - _mean(_rows(g))  # z is centred, so its gradient is
-                terms += [(part, d, g) for part, d in zip(_rows(m).split(E), _rows(d_maps[i]).split(E))]
-        d_weight, d_p, matrix = folded.backward(torch.cat([_products(part, g) for part, _, g in terms]))
-        for (part, d, g), through, scaled in zip(terms, matrix.split(E), folded.scaled.split(E)):
-            torch.bmm(part, through, out=d).baddbmm_(g, scaled.transpose(1, 2))
-        return *d_maps, d_weight, d_p, d_plain, d_q
+        # maps z are centred, so their gradient is
+        pairs = [(m, _rows(g) - _mean(_rows(g))) for m, g in ((z, grad), (inner, grad_inner)) if m is not None]
+        products = [_products(part, g) for m, g in pairs for part in _rows(m).split(E)]
+        d_weight, d_p, matrix = folded.backward(torch.cat(products))
+        back, d_maps = iter(folded.scaled.transpose(1, 2).split(E)), []
+        for (m, g), through in zip(pairs, matrix.split([len(m) for m, _ in pairs])):
+            d = torch.bmm(_rows(m), through)
+            for part in d.split(E):
+                part.baddbmm_(g, next(back))
+            d_maps.append(d.view(m.shape))
+        d_inner = None if inner is None else d_maps.pop()
+        return d_maps.pop() if d_maps else None, d_inner, d_weight, d_p, d_plain, d_q
 
 
 def _sums(z, inner, scaled, plain, q):

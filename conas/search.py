@@ -16,6 +16,7 @@ from conas.data import load
 from conas.draw import draw_genotype
 from conas.evaluate import validate
 from conas.files import write_json
+from conas.memory import keep_freed_memory
 from conas.progress import Course, announce, cosine
 from conas.run import Run, folder_name
 from conas.spaces import Space
@@ -42,6 +43,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
            supernet: SupernetOptions, weights: WeightOptions, alphas: AlphaOptions, options: RunOptions) -> Path:
     """Run or continue one search and return its folder."""
     device = find_device(options.device)
+    keep_freed_memory()
     groups = (data, augment, supernet, weights, alphas, options)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
     images = load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset)
