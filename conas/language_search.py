@@ -9,10 +9,20 @@ from conas.cli import find_device, parse
 from conas.config import KeepOptions
 from conas.draw_recurrent import draw_recurrent
 from conas.files import write_json
-from conas.keeper import Keeper, seed_generators, set_generators
-from conas.language import LanguageBilevel, Reader, Schedule, TextCourse, evaluate, perplexity, weight_step
+from conas.keeper import Keeper, check_progress, seed_generators, set_generators
+from conas.language import (
+    LanguageBilevel,
+    Reader,
+    Schedule,
+    TextCourse,
+    evaluate,
+    perplexity,
+    validation_text,
+    weight_step,
+)
 from conas.language_files import restore
 from conas.language_options import (
+    HINT,
     SEARCH_GROUPS,
     DropoutOptions,
     LanguageRunOptions,
@@ -29,8 +39,6 @@ from conas.run import Run, folder_name
 from conas.spaces import Space
 from conas.text import Text, load_corpus
 
-EVALUATION_COLUMNS = 10
-
 
 def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptions, units: UnitOptions,
            rates: DropoutOptions, sgd: SgdOptions, alphas: RecurrentAlphaOptions, options: LanguageRunOptions,
@@ -42,7 +50,7 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
     corpus = load_corpus(text.dataset, text.data)
     train, for_alphas = (Text(corpus, split, sgd.batch_size, device) for split in ("train", "valid"))
-    valid = Text(corpus, "valid", EVALUATION_COLUMNS, device)
+    valid = validation_text(corpus, device)
     schedule = Schedule(train, text.bptt, 0.0, rates, options.seed)
 
     seed_generators(options.seed)
@@ -93,7 +101,7 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
                 else:
                     course.skip_step()
                 if epoch == start and step == 4:
-                    announce(run, course.seconds / 5 * course.steps * (sgd.epochs - start))
+                    announce(run, course.seconds / 5 * course.steps * (sgd.epochs - start), HINT)
                 keeper.after_step(state)
 
             with keeper.calm(state):
@@ -130,9 +138,10 @@ def resume(keeper: Keeper, network: RecurrentSupernet, optimizer: torch.optim.Op
         network.load_state_dict(restore(keeper.path, state, type(network)).state_dict())
         optimizer.load_state_dict(state["optimizer"])
         architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-        keeper.run.write_metrics(state["metrics"])
         set_generators(state["random"])  # at last: building networks draws from them
-        return state["metrics"], state if state["course"] else None
+        metrics, course = check_progress(state)
+    keeper.run.write_metrics(metrics)
+    return metrics, state if course else None
 
 
 def finish(run: Run, genotype: Genotype, metrics: list[dict]) -> None:

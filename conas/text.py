@@ -129,13 +129,12 @@ class Text:
     What does not fill the columns is left out at the end. `steps` = n - 1 words of each column are predicted.
     """
 
-    def __init__(self, corpus: Corpus, split: str, columns: int, device: torch.device | str = "cpu",
-                 flag: str = "--batch_size"):
+    def __init__(self, corpus: Corpus, split: str, columns: int, device: torch.device | str = "cpu"):
         ids = corpus.ids[split]
         rows = len(ids) // columns
         if rows < 2:
             raise InputError(f"{corpus.folder / split}.txt: {len(ids)} words are too few for {columns} columns of at "
-                             f"least 2; lower {flag} or give a longer text")
+                             "least 2; give a smaller --batch_size or a longer text")
         self.columns = ids[:rows * columns].view(columns, rows).t().contiguous().to(device)
         self.steps = rows - 1
 
