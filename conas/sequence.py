@@ -69,17 +69,6 @@ def gate(a: Tensor, state: Tensor) -> Tensor:
     return torch.lerp(state, h.tanh_(), c.sigmoid_())
 
 
-def gate_backward(d: Tensor, a: Tensor, state: Tensor) -> Tensor:
-    """The gradient by `state` but for the part through `a`; `a` then holds its own gradient."""
-    c, h = a.chunk(2, dim=-1)
-    dh = d * c
-    d_state = d - dh
-    d_gate = dh.mul(h - state).mul_(1 - c)
-    h.copy_(dh.mul_(SLOPES["tanh"](h)))
-    c.copy_(d_gate)
-    return d_state
-
-
 def once(ctx) -> None:
     if ctx.used:
         raise RuntimeError("the backward pass of a recurrent sequence overwrites what it needs: it can be run once")
