@@ -8,7 +8,7 @@ SPACES := cnn_space1 cnn_space2 cnn_space3
 # The networks of the demo and of the tests are so small that threads would mostly wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-rnn demo-train test torture lint clean
+.PHONY: demo demo-rnn demo-train search test torture lint clean
 .DELETE_ON_ERROR:
 
 .venv/.core: requirements.txt
@@ -32,6 +32,14 @@ demo-train: demo
 	for space in $(SPACES); do (cd $$space && ../$(BIN)/python train.py $(RETRAIN)) || exit; done
 	for space in $(SPACES); do (cd $$space && ../$(BIN)/python test.py --save demo) || exit; done
 	$(BIN)/python test_ensemble.py --stage train --save demo
+
+# All spaces at once, each on a GPU of its own: make -j3 search FLAGS="--cutout". With fewer GPUs: make -j2 search GPUS=2.
+GPUS ?= 3
+SEARCHES := $(addprefix search-,$(SPACES))
+.PHONY: $(SEARCHES)
+search: $(SEARCHES)
+$(SEARCHES): search-cnn_space%: .venv/.core
+	cd cnn_space$* && ../$(BIN)/python train_search.py --device cuda:$$((($* - 1) % $(GPUS))) $(FLAGS)
 
 # Search a recurrent cell on the text that comes with the project, train it twice, test both and their committee.
 demo-rnn: .venv/.core

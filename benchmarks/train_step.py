@@ -32,8 +32,9 @@ from conas.depthwise import DepthwiseConv2d
 from conas.networks import NetworkCIFAR
 from conas.progress import Course
 from conas.published import GENOTYPES
+from conas.speed import find_precision
 from conas.streams import Stream
-from conas.train import find_precision, train_step
+from conas.train import train_step
 
 RESULTS = Path(__file__).resolve().parent / "results"
 AUXILIARY_WEIGHT, DROP_PATH, CUTOUT = 0.4, 0.2, 16

@@ -62,6 +62,8 @@ class AlphaOptions:
     """alphas: Adam on the hypergradient"""
 
     unrolled: bool = option(True, "second order, through the virtual step; --no-unrolled is first order")
+    hvp: str = option("difference", "product of Hessian and vector in the second order: the paper's central "
+                      "difference, or exact, by double backward", choices=["difference", "exact"])
     arch_learning_rate: float = option(3e-4, "of the alphas", low=0.0)
     arch_weight_decay: float = option(1e-3, "of the alphas", low=0.0)
 
@@ -100,6 +102,18 @@ class ProcessOptions:
     def lr_scale(self) -> int:
         """What learning rates are multiplied by."""
         return distributed.size() if self.scale_lr else 1
+
+
+@dataclass
+class SpeedOptions:
+    """speed and memory"""
+
+    amp: str = option("off", "arithmetic of weight steps and validation: bf16, float32 (off), or bf16 on GPUs that "
+                      "have it (auto); the alphas' gradient is float32 in any case", choices=["auto", "bf16", "off"])
+    tf32: bool = option(False, "on a GPU, let float32 products and convolutions round to TF32; all passes")
+    compile: bool = option(False, "cells by torch.compile, if that gives the same numbers and is faster; takes minutes")
+    checkpoint_cells: bool = option(False, "less memory, more time: compute each cell again for its gradient")
+    cuda_graph: bool = option(False, "on a GPU, every iteration as one graph")
 
 
 # What the paper trains derived networks with, on CIFAR-10 and on ImageNet; without gamma, a cosine ends at 0.

@@ -28,7 +28,7 @@ _stores: list[dist.Store] = []  # torchrun's, once the processes have joined; it
 @contextmanager
 def processes() -> Iterator[None]:
     """Join the processes that torchrun started, if it did. Only the first of them has a standard output."""
-    if not {"RANK", "MASTER_ADDR"} <= os.environ.keys() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if not {"RANK", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys() or int(os.environ.get("WORLD_SIZE", 1)) == 1:
         yield
         return
     store, rank, size = next(iter(rendezvous("env://")))
@@ -70,7 +70,7 @@ def _name_of_start(store: dist.Store, rank: int, size: int) -> str:
 
 def size() -> int:
     """The number of processes."""
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
@@ -227,6 +227,12 @@ def check_equal(what: str, value) -> None:
         raise InputError(f"{what} of rank{'s' * (len(others) > 1)} {', '.join(others)} of {len(values)} processes "
                          "differ from those of rank 0; nothing was written since the last checkpoint. Start all "
                          "machines with the same command, data and versions, or look for failing hardware")
+
+
+def check_network(what: str, network: nn.Module) -> None:
+    """`check_equal` of all that is in a network, by its `checksum`. Waits for the device."""
+    if size() > 1:
+        check_equal(what, checksum(network))
 
 
 @torch.no_grad()

@@ -6,7 +6,10 @@ class InputError(Exception):
 
 
 class Stopped(Exception):
-    """Somebody wants the script to stop, by Ctrl-C or SIGTERM; `code` is the exit code that this has by custom."""
+    """Somebody wants the script to stop, by Ctrl-C or SIGTERM; `code` is the exit code that this has by custom.
+
+    Or it has to stop, with code 1, since another process that it computes with is gone.
+    """
 
     def __init__(self, message: str, code: int):
         super().__init__(message)

@@ -97,8 +97,11 @@ class _Folded:
         d_scale = (d_scaled * self.weight).sum(1, keepdim=True)
         d_p = None if self.p is None else (self.rstd * d_scale).sum((1, 2))
         through = self.scale * self.rstd * self.rstd * d_scale  # -2 d_variance
-        d_weight = (self.scale * d_scaled).baddbmm_(self.covariance, through * self.weight, alpha=-1)
-        matrix = torch.bmm(self.pool.sum(through) * self.weight, self.weight.transpose(1, 2)).div_(-self.pixels)
+        half = through * self.weight
+        d_weight = (self.scale * d_scaled).baddbmm_(self.covariance, half, alpha=-1)
+        if self.pool.shared:
+            half = self.pool.sum(through) * self.weight
+        matrix = torch.bmm(half, self.weight.transpose(1, 2)).div_(-self.pixels)
         return d_weight.transpose(1, 2), d_p, matrix
 
 

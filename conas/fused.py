@@ -16,6 +16,11 @@ def fused(function: type[torch.autograd.Function], *arguments):
     return function.apply(*arguments) if _by_hand else function.forward(_NoContext(), *arguments)
 
 
+def is_twice_differentiable() -> bool:
+    """Whether the present pass is inside `twice_differentiable`."""
+    return not _by_hand
+
+
 class _NoContext:
     """Takes what a forward leaves for its gradient by hand."""
 

@@ -19,37 +19,43 @@ from conas.config import (
     KeepOptions,
     ProcessOptions,
     RunOptions,
+    SpeedOptions,
     SupernetOptions,
     WeightOptions,
 )
 from conas.data import load
 from conas.draw import draw_genotype
+from conas.errors import InputError
 from conas.evaluate import validate
 from conas.files import write_json
+from conas.graphs import Replayed, graph_fits, on_device
 from conas.keeper import Keeper, check_progress, seed_generators, set_generators
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, folder_name
 from conas.spaces import Space
+from conas.speed import checkpointed, compile_cells, find_precision, set_tf32
 from conas.streams import Stream, stratified_split
 
 GROUPS = (DataOptions, AugmentOptions, SupernetOptions, WeightOptions, AlphaOptions, RunOptions, KeepOptions,
-          ProcessOptions)
+          ProcessOptions, SpeedOptions)
 
 
 def weight_step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, grad_clip: float,
-                skip: bool = False) -> tuple[Tensor, Tensor]:
+                skip: bool = False, amp: bool = False) -> tuple[Tensor, Tensor]:
     """One SGD step of the weights. Returns the loss and the number of right answers, on the device.
 
     Of several processes each has its part of the batch, and the results are those of the whole batch.
 
-    With `skip`, a loss or gradient that is not finite leaves weights and running statistics as they were.
+    With `amp`, its passes are in bfloat16; master weights and optimizer stay in float32. With `skip`, a loss or
+    gradient that is not finite leaves weights and running statistics as they were.
     """
     images, labels = batch
     weights = optimizer.param_groups[0]["params"]
     before = snapshot(network) if skip else None
     optimizer.zero_grad(set_to_none=True)
-    logits = network(images)
-    loss = distributed.weighed(cross_entropy(logits, labels), len(labels))
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        logits = network(images)
+        loss = distributed.weighed(cross_entropy(logits, labels), len(labels))
     loss.backward(inputs=weights)  # the alphas' gradients are not wanted here
     hits = (logits.argmax(dim=1) == labels).sum()
     loss, hits = distributed.after_backward(network, optimizer, loss, hits, len(labels))
@@ -58,10 +64,16 @@ def weight_step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Bat
 
 def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augment: AugmentOptions,
            supernet: SupernetOptions, weights: WeightOptions, alphas: AlphaOptions, options: RunOptions,
-           keep: KeepOptions, processes: ProcessOptions) -> Path:
+           keep: KeepOptions, processes: ProcessOptions, speed: SpeedOptions) -> Path:
     """Run or continue one search and return its folder. Several processes call it alike; the first one writes."""
     device = find_device(options.device, keep.deterministic)
-    groups = (data, augment, supernet, weights, alphas, options, keep, processes)
+    amp = find_precision(speed.amp, device)
+    set_tf32(speed.tf32)
+    if alphas.hvp == "exact" and not alphas.unrolled:
+        raise InputError("--hvp exact: first order has no such product; leave it or --no-unrolled out")
+    if alphas.hvp == "exact" and processes.sync_bn and distributed.size() > 1:
+        raise InputError("--hvp exact: cannot differentiate twice through the sums of --sync_bn; leave one of them out")
+    groups = (data, augment, supernet, weights, alphas, options, keep, processes, speed)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
     images = distributed.in_turn(
         lambda: load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset,
@@ -79,7 +91,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     optimizer = torch.optim.SGD(network.weights().values(), lr=weights.learning_rate, momentum=weights.momentum,
                                 weight_decay=weights.weight_decay)
     architect = architect_class(network, optimizer, arch_learning_rate=alphas.arch_learning_rate,
-                                arch_weight_decay=alphas.arch_weight_decay, unrolled=alphas.unrolled)
+                                arch_weight_decay=alphas.arch_weight_decay, unrolled=alphas.unrolled,
+                                hvp=alphas.hvp)
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "subset": data.subset,
              "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": augment.train_portion, "split_seed": augment.split_seed,
@@ -95,16 +108,34 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                 finish(run, network.genotype(), metrics)
             run.log(f"{folder}: this search is finished; --save NAME starts another")
             return folder
-        order = ("second order: the alphas follow the hypergradient through the virtual step" if alphas.unrolled else
-                 "first order: the alphas follow the validation gradient at the present weights (--no-unrolled)")
+        exact = " (exact Hessian-vector product)" if alphas.hvp == "exact" else ""
+        order = (f"second order: the alphas follow the hypergradient through the virtual step{exact}" if alphas.unrolled
+                 else "first order: the alphas follow the validation gradient at the present weights (--no-unrolled)")
         run.log(f"{space.name}: {', '.join(space.primitives)}")
         run.log(order)
         run.log(f"{data.dataset}: {len(halves[0])} images for weights, {len(halves[1])} for alphas, "
                 f"{images.info.num_classes} classes; epochs {start} to {weights.epochs - 1} on {device}"
-                f"{resumed(start, begun)}")
+                f"{' in bfloat16, alphas in float32' if amp else ''}{resumed(start, begun)}")
+
+        skip = keep.on_nan == "skip"
+
+        def iterate(train_batch: Batch, valid_batch: Batch, lr: Tensor | float) -> tuple[Tensor, Tensor] | None:
+            if architect.step(train_batch, valid_batch, lr, skip):
+                return weight_step(network, optimizer, train_batch, weights.grad_clip, skip, amp)
+            return None
+
+        if speed.compile:
+            compile_cells(network, (weights.batch_size, images.info.channels, *[images.info.image_size] * 2), run)
+        if speed.checkpoint_cells:
+            network.run_cell = checkpointed(network.run_cell)
+        graph = speed.cuda_graph and graph_fits(device, skip, run)
+        for own in (optimizer, architect.alpha_optimizer):
+            on_device(own, graph)
+        if graph:
+            iterate = Replayed(iterate, optimizer, weights.batch_size, device, run)
 
         done = start * train.steps + (begun["step"] if begun else 0)
-        train_batches, valid_batches, skip = train.batches(done), valid.batches(done), keep.on_nan == "skip"
+        train_batches, valid_batches = train.batches(done), valid.batches(done)
         for epoch in range(start, weights.epochs):
             lr = cosine(epoch, weights.epochs, weights.learning_rate, weights.learning_rate_min) * processes.lr_scale
             optimizer.param_groups[0]["lr"] = lr
@@ -120,24 +151,25 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
 
             for step in course:
                 batch, valid_batch = next(train_batches), next(valid_batches)
-                if architect.step(batch, valid_batch, lr, skip):
-                    course.add(*weight_step(network, optimizer, batch, weights.grad_clip, skip), train.size(step))
-                else:
+                result = iterate(batch, valid_batch, lr)
+                if result is None:
                     course.skip_step()
-                if epoch == start and step == 4:
+                else:
+                    course.add(*result, train.size(step))
+                if epoch == start and step == 4 and not speed.compile:  # compiling happens in the first steps
                     announce(run, course.seconds / 5 * train.steps * (weights.epochs - start))
                 if (step + 1) % options.report_freq == 0:
-                    distributed.check_equal("weights and alphas", distributed.checksum(network))
+                    distributed.check_network("weights and alphas", network)
                 keeper.after_step(state)
 
-            with keeper.calm(state):
+            with keeper.calm(state), torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 valid_loss, valid_accuracy = validate(network, images, halves[1], device, data.workers)
             metrics.append({"epoch": epoch, "learning_rate": lr, "train_loss": course.loss, "train_top1": course.top1,
                             "valid_loss": valid_loss, "valid_top1": valid_accuracy} | course.remarks())
             run.log(f"epoch {epoch:3d}  rate {lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %  "
                     f"valid {valid_loss:.4f} {valid_accuracy:6.2f} %  {course.rate:.0f} images/s")
             begun = None
-            distributed.check_equal("weights and alphas", distributed.checksum(network))
+            distributed.check_network("weights and alphas", network)
             write_epoch(keeper, state() | {"course": None})
             if board is not None:
                 board.epoch(metrics[-1], network.alphas(), space.primitives, network.genotype())

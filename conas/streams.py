@@ -24,7 +24,7 @@ class Stream:
     InputError for an empty part and for a batch larger than the part.
 
     Each of several processes gets its part of every batch: batches are the same for any number of processes. Raises
-    InputError if a batch has fewer images than there are processes.
+    InputError if a batch has not two images for each.
     """
 
     def __init__(self, images: ImageSet, indices: Tensor, batch_size: int, *, name: str, seed: int,
@@ -40,10 +40,10 @@ class Stream:
         self.augment, self.cutout_length, self.crop, self.workers = augment, cutout_length, crop, workers
         self.steps = len(indices) // batch_size if drop_last else -(-len(indices) // batch_size)
         for size in (self.size(0), self.size(self.steps - 1)):
-            if size < distributed.size():
-                raise InputError(f"--batch_size {batch_size}: leaves a batch of {size} for {distributed.size()} "
-                                 f"processes, of the {len(indices)} images for the {name}; choose another batch, or "
-                                 "fewer processes")
+            if distributed.size() > 1 and size < 2 * distributed.size():  # BatchNorm may need two
+                raise InputError(f"--batch_size {batch_size}: leaves a batch of {size} of the {len(indices)} images "
+                                 f"for the {name}, and {distributed.size()} processes need two images each; choose "
+                                 "another batch, or fewer processes")
 
     def size(self, step: int) -> int:
         """The number of images in batch `step`, over all processes."""

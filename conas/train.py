@@ -29,6 +29,7 @@ from conas.networks import DerivedNetwork, count_parameters
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, best_checkpoint, folder_name
 from conas.spaces import Space
+from conas.speed import compiler_works, find_precision
 from conas.splits import generator, stratified_split
 from conas.streams import Stream
 
@@ -91,7 +92,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
                 f"{images.info.num_classes} classes; epochs {start} to {recipe.epochs - 1} on {device}"
                 f"{' in bfloat16' if amp else ''}{resumed(start, begun)}")
 
-        forward = compiled(network, device, run) if options.compile else network
+        forward = torch.compile(network) if options.compile and compiler_works(device, run) else network
         batches = stream.batches(start * stream.steps + (begun["step"] if begun else 0))
         skip = network if keep.on_nan == "skip" else None
         for epoch in range(start, recipe.epochs):
@@ -115,7 +116,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
                 if epoch == start and step == 4 and not options.compile:  # compiling happens in the first step
                     announce(run, course.seconds / 5 * stream.steps * (recipe.epochs - start))
                 if (step + 1) % options.report_freq == 0:
-                    distributed.check_equal("weights", distributed.checksum(network))
+                    distributed.check_network("weights", network)
                 keeper.after_step(state)
 
             row = {"epoch": epoch, "learning_rate": lr, "drop_path_prob": network.drop_path_prob,
@@ -130,7 +131,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
             run.log(f"{text}  {course.rate:.0f} images/s")
             begun = None
             last = is_finished(metrics, recipe.epochs, held_out.patience)
-            distributed.check_equal("weights", distributed.checksum(network))
+            distributed.check_network("weights", network)
             write_epoch(keeper, state() | {"course": None}, last or (epoch + 1) % frequency == 0)
             if last:
                 break
@@ -182,25 +183,6 @@ def split(labels: Tensor, held_out: HeldOutOptions) -> list[Tensor]:
     if held_out.patience and not len(parts[1]):
         raise InputError("--patience: needs held-out images to tell the better network; give a --valid_portion above 0")
     return parts
-
-
-def find_precision(amp: str, device: torch.device) -> bool:
-    """Whether passes are in bfloat16. Raises InputError if they cannot be."""
-    able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
-    if amp == "bf16" and not able:
-        raise InputError(f"--amp bf16: {device} has no bfloat16; use --amp auto or off")
-    return amp == "bf16" or (amp == "auto" and device.type == "cuda" and able)
-
-
-def compiled(network: nn.Module, device: torch.device, run: Run) -> nn.Module:
-    """The network for torch.compile, or as it is, with a line that says so, where there is no compiler."""
-    try:
-        torch.compile(lambda x: x + 1)(torch.zeros(2, device=device))
-    except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0]
-        run.log(f"--compile: no compiler works here ({reason}); training goes on without one")
-        return network
-    return torch.compile(network)
 
 
 def best_epoch(metrics: list[dict]) -> int:

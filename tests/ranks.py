@@ -21,7 +21,7 @@ from conas import distributed, evaluate, files, synced, train
 from conas.architect import Batch
 from conas.config import RecipeOptions
 from conas.data import load
-from conas.errors import InputError
+from conas.errors import InputError, Stopped
 from conas.evaluate import predict
 from conas.networks import NetworkCIFAR
 from conas.operations import OPERATIONS
@@ -117,11 +117,11 @@ def agreement() -> dict[str, str]:
 
     torch.manual_seed(0)
     network = Everything(C=2, layers=3)
-    sound = complaint(lambda: distributed.check_equal("weights", distributed.checksum(network)))
+    sound = complaint(lambda: distributed.check_network("weights", network))
     if rank == 1:  # a single bit
         weight = network.cells[1].preprocess1.op[1].weight.data
         weight.view(-1)[3] = torch.nextafter(weight.view(-1)[3], torch.tensor(9.0))
-    broken = complaint(lambda: distributed.check_equal("weights", distributed.checksum(network)))
+    broken = complaint(lambda: distributed.check_network("weights", network))
     return {
         "gather": str(distributed.gather({"rank": rank, "values": torch.arange(rank * 3).tolist()})),
         "first": distributed.from_first(lambda: failing(5)), "first fails": complaint(
@@ -195,7 +195,7 @@ def main(folder: Path) -> None:
     found |= {"scripts": scripts(folder, "two"), "stray": strays(folder), "errors": errors(folder)}
     tests(folder, "copy")
     torch.save(found, folder / f"rank{distributed.rank()}.pt")
-    print("rank", distributed.rank())
+    print(f"rank {distributed.rank()} is done")
 
 
 if __name__ == "__main__":
@@ -203,3 +203,8 @@ if __name__ == "__main__":
     assert int(os.environ["WORLD_SIZE"]) == 2
     with distributed.processes():
         main(Path(sys.argv[1]))
+        if distributed.rank() == 0:  # the other one leaves here
+            try:
+                distributed.gather("anybody?")
+            except Stopped as stop:
+                print(f"rank 0: exit code {stop.code} without the other")

@@ -6,6 +6,8 @@ import torch
 from torch import nn
 from torch.nn.functional import cross_entropy
 
+from benchmarks import textbook
+from conas.fused import is_twice_differentiable
 from conas.search import weight_step
 from tests.parity import fill
 
@@ -82,10 +84,11 @@ def test_hypergradient_is_exact_on_a_smooth_network(space, problem):
 
 
 @pytest.mark.parametrize("space", SPACES)
-def test_the_second_term_matters(space, problem):
+@pytest.mark.parametrize("hvp, tolerance", [("difference", 10 * TOLERANCE), ("exact", 1e-12)])
+def test_the_second_term_matters(space, hvp, tolerance, problem):
     """Sign and factor of the Hessian term: the update minus its first term is the exact Hessian-vector product."""
     network, optimizer, train, valid, _ = problem
-    architect = import_module(f"{space}.architect").Architect(network, optimizer)
+    architect = import_module(f"{space}.architect").Architect(network, optimizer, hvp=hvp)
     w, v = architect.weights(), architect.velocity()
     ahead = w - XI * (MOMENTUM * v + architect.grad_weights(train, w) + DECAY * w)
     first, d = architect.grad_alpha_and_weights(valid, ahead)
@@ -94,12 +97,33 @@ def test_the_second_term_matters(space, problem):
     inner = torch.autograd.grad(cross_entropy(network(train[0]), train[1]), weights, create_graph=True)
     inner = torch.cat([g.reshape(-1) for g in inner])
     hessian_d = torch.cat(torch.autograd.grad(inner @ d, alphas))
-    assert distance(second, -XI * hessian_d) < 10 * TOLERANCE  # relative to a term much smaller than the whole
+    assert distance(second, -XI * hessian_d) < tolerance  # relative to a term much smaller than the whole
 
 
 @pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("unrolled", [True, False])
-def test_step_changes_nothing_but_the_alphas(space, unrolled):
+def test_exact_product_is_double_backward_through_the_textbook(space):
+    network = import_module(f"{space}.model_search").Network(C=2, layers=3).double()
+    fill(network, 0)
+    oracle = textbook.Network(network.primitives, 2, 10, 3).double()
+    oracle.load_state_dict(network.state_dict())
+    torch.manual_seed(0)
+    batch = torch.randn(4, 3, 8, 8, dtype=torch.float64), torch.randint(10, (4,))
+    optimizer = torch.optim.SGD(network.weights().values(), lr=0.025, momentum=0.9)
+    architect = import_module(f"{space}.architect").Architect(network, optimizer, hvp="exact")
+    w = architect.weights()
+    d = torch.randn_like(w)
+    names = {p: name for name, p in network.named_parameters()}
+    weights = [oracle.weights()[names[p]] for p in network.packing()]
+    inner = torch.autograd.grad(oracle.loss(batch), weights, create_graph=True)
+    expected = torch.autograd.grad(torch.cat([g.reshape(-1) for g in inner]) @ d, list(oracle.alphas().values()))
+    ours = architect.hessian_vector(batch, w, d)
+    assert distance(ours, torch.cat([g.reshape(-1) for g in expected])) < 1e-12
+    assert not is_twice_differentiable()  # later passes are by hand again
+
+
+@pytest.mark.parametrize("space", SPACES)
+@pytest.mark.parametrize("settings", [{}, {"hvp": "exact"}, {"unrolled": False}])
+def test_step_changes_nothing_but_the_alphas(space, settings):
     torch.manual_seed(0)
     network = import_module(f"{space}.model_search").Network(C=4, layers=3)
     optimizer = torch.optim.SGD(network.weights().values(), lr=0.025, momentum=0.9, weight_decay=3e-4)
@@ -107,7 +131,7 @@ def test_step_changes_nothing_but_the_alphas(space, unrolled):
     weight_step(network, optimizer, batch, 5.0)
     before = {name: entry.clone() for name, entry in network.state_dict().items()}
     velocity = [optimizer.state[w]["momentum_buffer"].clone() for w in network.weights().values()]
-    architect = import_module(f"{space}.architect").Architect(network, optimizer, unrolled=unrolled)
+    architect = import_module(f"{space}.architect").Architect(network, optimizer, **settings)
     architect.step(batch, batch, 0.025)
     for name, entry in network.state_dict().items():
         assert torch.equal(entry, before[name]) != name.startswith("alphas_"), name

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +17,11 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from conas import distributed, synced
+from conas.cli import find_device
+from conas.data import DATASETS, ImageSet
+from conas.errors import InputError
 from conas.networks import drop_path_scales
+from conas.streams import Stream
 from tests import ranks
 from tests.conftest import ROOT
 
@@ -123,6 +129,29 @@ def test_parts_are_those_of_tensor_split(monkeypatch, size):
             assert torch.equal(torch.arange(count)[distributed.part(count)], expected)
 
 
+@pytest.mark.parametrize("crop", [None, 20])
+def test_parts_of_a_batch_are_those_of_one_process(monkeypatch, crop):
+    """Augmentation is drawn for the whole batch, also for a last one that is short."""
+    random = torch.Generator().manual_seed(0)
+    info = replace(DATASETS["cifar10"], classes=tuple("abcdefghij"))
+    pixels = torch.randint(0, 256, (18, 3, 32, 32), dtype=torch.uint8, generator=random)
+    images = ImageSet(info, pixels, torch.arange(18) % 10)
+
+    def batches():
+        stream = Stream(images, torch.arange(18), 11, name="weights", seed=1, device="cpu", cutout_length=8, crop=crop)
+        return list(islice(stream.batches(1), 3))
+
+    whole, parts = batches(), []
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
+        parts.append(batches())
+    assert [len(y) for _, y in whole] == [7, 11, 7] and [len(y) for _, y in parts[2]] == [2, 3, 2]
+    for expected, *found in zip(whole, *parts):
+        for i in (0, 1):
+            assert torch.equal(torch.cat([part[i] for part in found]), expected[i])
+
+
 def test_drop_path_draws_for_the_whole_batch(monkeypatch):
     torch.manual_seed(0)
     whole, parts = drop_path_scales(8, torch.zeros(7, 1, 1, 1), 0.5, 7), []
@@ -132,6 +161,19 @@ def test_drop_path_draws_for_the_whole_batch(monkeypatch):
         torch.manual_seed(0)
         parts.append(drop_path_scales(8, torch.zeros(images, 1, 1, 1), 0.5, 7))
     assert torch.equal(torch.cat(parts, dim=1), whole)
+
+
+def test_each_process_has_a_device_of_its_own(monkeypatch):
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "local_rank", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    for count, name, expected in ((2, "auto", "cuda:1"), (2, "cuda", "cuda:1"), (1, "cpu", "cpu")):
+        monkeypatch.setattr(torch.cuda, "device_count", lambda count=count: count)
+        assert str(find_device(name)) == expected
+    for name, words in (("cuda", "more processes here than the 1 CUDA"), ("cuda:0", "gives each a GPU of its own")):
+        with pytest.raises(InputError, match=words):
+            find_device(name)
 
 
 def test_what_processes_tell_each_other(both):
@@ -152,7 +194,7 @@ def test_a_rank_that_strays_is_named_and_stops_the_run(both, root):
 def test_errors_are_those_of_all(both, root):
     assert both[0]["errors"] == both[1]["errors"]
     small, mixed, another = both[0]["errors"]
-    assert "--batch_size 7: leaves a batch of 1 for 2 processes" in small
+    assert "--batch_size 7: leaves a batch of 1 of the 50 images" in small and "2 processes need two" in small
     assert "flags of rank 1 of 2 processes differ" in mixed and "holds a run with --sync_bn True (now False)" in another
     assert not (root / "cnn_space1" / "search-mixed").exists()
 
@@ -164,7 +206,8 @@ def test_scripts_have_the_results_of_one_process(root, alone, both):
     assert both[0]["scripts"]["train"][0]["learning_rate"] == 0.025
     log = (root / "cnn_space1" / "search-two" / "log.txt").read_text().splitlines()
     assert len([line for line in log if line.startswith("epoch   0")]) == 1
-    assert "rank 0" in both[2] and "rank 1" not in both[2] and both[2].count("Genotype(") == 1
+    assert "rank 0: exit code 1 without the other" in both[2]
+    assert "rank 1" not in both[2] and both[2].count("Genotype(") == 1
 
 
 def test_tests_have_the_scores_of_one_process(root, both):
@@ -209,6 +252,7 @@ def wait_for_a_step(root: Path, process: subprocess.Popen, since: int) -> int:
     return path.stat().st_mtime_ns
 
 
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="finds torchrun's children in /proc")
 def test_processes_stop_together_change_in_number_and_are_replaced(bare_clone, tmp_path, alone):
     root = tmp_path / "CoNAS"
     shutil.copytree(bare_clone.root, root)
