@@ -8,7 +8,6 @@ from conas import checkpoint as checkpoints
 from conas.cli import find_device, parse
 from conas.config import KeepOptions
 from conas.draw_recurrent import draw_recurrent
-from conas.files import write_json
 from conas.keeper import Keeper, check_progress, seed_generators, set_generators
 from conas.language import (
     LanguageBilevel,
@@ -36,6 +35,7 @@ from conas.progress import announce, resumed, tell_skipped
 from conas.recurrent import RecurrentSupernet
 from conas.recurrent_genotype import Genotype
 from conas.run import Run, folder_name
+from conas.search import write_epoch
 from conas.spaces import Space
 from conas.text import Text, load_corpus
 
@@ -113,16 +113,6 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
             write_epoch(keeper, state() | {"course": None})
         finish(run, network.genotype(), metrics)
     return folder
-
-
-def write_epoch(keeper: Keeper, state: dict) -> None:
-    """Write an epoch to disk. `resume.pt` comes after what it stands for: what it does not know of is done again."""
-    run, epoch = keeper.run, state["epoch"]
-    checkpoints.save(run.path("checkpoints", epoch, ".pt"), {name: state[name] for name in checkpoints.FIELDS})
-    write_json(run.path("genotypes", epoch, ".json"), state["genotype"])
-    write_json(run.folder / "genotype.json", state["genotype"])
-    keeper.save(state)
-    run.write_metrics(state["metrics"])
 
 
 def resume(keeper: Keeper, network: RecurrentSupernet, optimizer: torch.optim.Optimizer, architect: LanguageBilevel,

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from conas.errors import InputError
+from conas.files import check_regular
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 SPLITS = ("train", "valid", "test")
@@ -95,6 +96,7 @@ def load_corpus(name: str, data: str | Path) -> Corpus:
 def _read(path: Path, name: str) -> list[str]:
     """The words of a file, with <eos> at every line's end."""
     try:
+        check_regular(path)
         text = path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError) as error:
         known = CORPORA.get(name)
@@ -102,8 +104,8 @@ def _read(path: Path, name: str) -> list[str]:
         sizes = known.files if known else {}
         right = "".join(f"; {split}.txt has {size:,} bytes, MD5 {md5}" for split, (size, md5) in sizes.items())
         raise InputError(f"{path}: no such file; put there {where}{right}") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: is a folder; it should be a text") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as a text ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}: line {line} is not UTF-8 (byte {error.object[error.start]:#04x} at position "
