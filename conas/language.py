@@ -12,7 +12,7 @@ from conas.language_options import DropoutOptions
 from conas.progress import Course, descend, snapshot
 from conas.recurrent import LanguageModel, Masks, RecurrentSupernet, TextBatch
 from conas.splits import generator
-from conas.text import Text, random_lengths
+from conas.text import Corpus, Text, random_lengths
 
 
 def draw_masks(rates: DropoutOptions, sequences: int, network: LanguageModel, generator: torch.Generator) -> Masks:
@@ -179,6 +179,11 @@ class TextCourse(Course):
                 f"the text's rows from {first}; what was kept before it is intact. --on_nan skip goes on without such "
                 "batches; a lower --lr or --clip under another --save name may help")
         self._bar.set_postfix_str(f"perplexity {perplexity(self.loss):.1f}, {self.rate:.0f} words/s")
+
+
+def validation_text(corpus: Corpus, device: torch.device) -> Text:
+    """The validation text in ten columns, as DARTS has it, or in fewer if it is shorter than that."""
+    return Text(corpus, "valid", min(10, max(1, len(corpus.ids["valid"]) // 2)), device)
 
 
 def perplexity(loss: float) -> float:

@@ -113,6 +113,7 @@ class LanguageTestOptions:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
 
+HINT = "--dataset gospels with few --epochs and a small --nhid is a matter of minutes"
 SEARCH_GROUPS = (TextOptions, UnitOptions, DropoutOptions, SgdOptions, RecurrentAlphaOptions, LanguageRunOptions,
                  KeepOptions)
 TRAIN_GROUPS = (TextOptions, TrainUnitOptions, TrainDropoutOptions, TrainSgdOptions, LanguageRunOptions, KeepOptions)

@@ -8,11 +8,20 @@ from conas import checkpoint as checkpoints
 from conas.cli import find_device, parse
 from conas.config import KeepOptions
 from conas.draw_recurrent import draw_recurrent
-from conas.files import write_json
-from conas.keeper import Keeper, seed_generators, set_generators
-from conas.language import LanguageBilevel, Reader, Schedule, TextCourse, evaluate, perplexity, weight_step
+from conas.keeper import Keeper, check_progress, seed_generators, set_generators
+from conas.language import (
+    LanguageBilevel,
+    Reader,
+    Schedule,
+    TextCourse,
+    evaluate,
+    perplexity,
+    validation_text,
+    weight_step,
+)
 from conas.language_files import restore
 from conas.language_options import (
+    HINT,
     SEARCH_GROUPS,
     DropoutOptions,
     LanguageRunOptions,
@@ -26,10 +35,9 @@ from conas.progress import announce, resumed, tell_skipped
 from conas.recurrent import RecurrentSupernet
 from conas.recurrent_genotype import Genotype
 from conas.run import Run, folder_name
+from conas.search import write_epoch
 from conas.spaces import Space
 from conas.text import Text, load_corpus
-
-EVALUATION_COLUMNS = 10
 
 
 def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptions, units: UnitOptions,
@@ -42,7 +50,7 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
     corpus = load_corpus(text.dataset, text.data)
     train, for_alphas = (Text(corpus, split, sgd.batch_size, device) for split in ("train", "valid"))
-    valid = Text(corpus, "valid", EVALUATION_COLUMNS, device)
+    valid = validation_text(corpus, device)
     schedule = Schedule(train, text.bptt, 0.0, rates, options.seed)
 
     seed_generators(options.seed)
@@ -93,7 +101,7 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
                 else:
                     course.skip_step()
                 if epoch == start and step == 4:
-                    announce(run, course.seconds / 5 * course.steps * (sgd.epochs - start))
+                    announce(run, course.seconds / 5 * course.steps * (sgd.epochs - start), HINT)
                 keeper.after_step(state)
 
             with keeper.calm(state):
@@ -105,16 +113,6 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
             write_epoch(keeper, state() | {"course": None})
         finish(run, network.genotype(), metrics)
     return folder
-
-
-def write_epoch(keeper: Keeper, state: dict) -> None:
-    """Write an epoch to disk. `resume.pt` comes after what it stands for: what it does not know of is done again."""
-    run, epoch = keeper.run, state["epoch"]
-    checkpoints.save(run.path("checkpoints", epoch, ".pt"), {name: state[name] for name in checkpoints.FIELDS})
-    write_json(run.path("genotypes", epoch, ".json"), state["genotype"])
-    write_json(run.folder / "genotype.json", state["genotype"])
-    keeper.save(state)
-    run.write_metrics(state["metrics"])
 
 
 def resume(keeper: Keeper, network: RecurrentSupernet, optimizer: torch.optim.Optimizer, architect: LanguageBilevel,
@@ -130,9 +128,10 @@ def resume(keeper: Keeper, network: RecurrentSupernet, optimizer: torch.optim.Op
         network.load_state_dict(restore(keeper.path, state, type(network)).state_dict())
         optimizer.load_state_dict(state["optimizer"])
         architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-        keeper.run.write_metrics(state["metrics"])
         set_generators(state["random"])  # at last: building networks draws from them
-        return state["metrics"], state if state["course"] else None
+        metrics, course = check_progress(state)
+    keeper.run.write_metrics(metrics)
+    return metrics, state if course else None
 
 
 def finish(run: Run, genotype: Genotype, metrics: list[dict]) -> None:

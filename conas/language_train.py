@@ -12,10 +12,11 @@ from conas import genotype as genotypes
 from conas.cli import find_device, parse
 from conas.config import KeepOptions
 from conas.errors import InputError
-from conas.keeper import Keeper, seed_generators, set_generators
-from conas.language import Reader, Schedule, TextCourse, evaluate, perplexity, weight_step
+from conas.keeper import Keeper, check_progress, seed_generators, set_generators
+from conas.language import Reader, Schedule, TextCourse, evaluate, perplexity, validation_text, weight_step
 from conas.language_files import choose_cell, named_genotypes, restore
 from conas.language_options import (
+    HINT,
     TRAIN_GROUPS,
     LanguageRunOptions,
     TextOptions,
@@ -24,7 +25,6 @@ from conas.language_options import (
     TrainUnitOptions,
     check_units,
 )
-from conas.language_search import EVALUATION_COLUMNS
 from conas.networks import count_parameters
 from conas.progress import announce, resumed, tell_skipped
 from conas.recurrent import RecurrentNetwork
@@ -85,7 +85,7 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
     groups = (text, units, rates, sgd, options, keep)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
     corpus = load_corpus(text.dataset, text.data)
-    words, valid = Text(corpus, "train", sgd.batch_size, device), Text(corpus, "valid", EVALUATION_COLUMNS, device)
+    words, valid = Text(corpus, "train", sgd.batch_size, device), validation_text(corpus, device)
     schedule = Schedule(words, text.bptt, SPREAD, rates, options.seed)
 
     seed_generators(options.seed)
@@ -127,7 +127,7 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
                 if average is not None:
                     average.update()
                 if epoch == start and step == 4:
-                    announce(run, course.seconds / 5 * course.steps * (sgd.epochs - start))
+                    announce(run, course.seconds / 5 * course.steps * (sgd.epochs - start), HINT)
                 keeper.after_step(state)
 
             kind = "SGD" if average is None else "ASGD"
@@ -186,9 +186,10 @@ def resume(keeper: Keeper, network: RecurrentNetwork, optimizer: torch.optim.Opt
         network.load_state_dict(restore(keeper.path, state).state_dict())
         optimizer.load_state_dict(state["optimizer"])
         average = Average(network, state["average"]) if state["average"] else None
-        keeper.run.write_metrics(state["metrics"])
         set_generators(state["random"])  # at last: building networks draws from them
-        return state["metrics"], state if state["course"] else None, average
+        metrics, course = check_progress(state)
+    keeper.run.write_metrics(metrics)
+    return metrics, state if course else None, average
 
 
 def main(folder: Path, module, description: str, argv: list[str] | None = None) -> None:

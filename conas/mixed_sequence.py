@@ -14,8 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conas.recurrent_genotype import ACTIVATIONS
-from conas.sequence import add_through, gate, gate_backward, masked, once
+from conas.sequence import SLOPES, add_through, gate, masked, once
+
+INTO = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": lambda x, out: torch.clamp_min(x, 0, out=out)}
 
 
 def run_supernet(x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tensor], mask: Tensor | None,
@@ -29,6 +30,17 @@ def run_supernet(x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tenso
     outputs, means, scales = _Supernet.apply(x, hidden, W_hidden, torch.stack(list(Ws)), mask, probabilities,
                                              tuple(activations), statistics, eps)
     return outputs, means, scales ** -2 - eps
+
+
+def _gate_backward(d: Tensor, a: Tensor, state: Tensor) -> Tensor:
+    """The gradient by `state` but for the part through `a`; `a` then holds its own gradient."""
+    c, h = a.chunk(2, dim=-1)
+    dh = d * c
+    d_state = d - dh
+    d_gate = dh.mul(h - state).mul_(1 - c)
+    h.copy_(dh.mul_(SLOPES["tanh"](h)))
+    c.copy_(d_gate)
+    return d_state
 
 
 def _rows(steps: int) -> list[slice]:
@@ -73,7 +85,7 @@ class _Supernet(torch.autograd.Function):
                 torch.mm(source, W_value[i], out=value[0].view(-1, H))
                 c.sigmoid_()
                 for k, name in enumerate(activations[1:], start=1):
-                    value[k] = ACTIVATIONS[name](value[0])
+                    INTO[name](value[0], out=value[k])
                 torch.bmm(p[row], value.flatten(2).transpose(0, 1), out=gain.view(i + 1, 1, -1))
                 gain.addcmul_(state, total[row, None, None], value=-1)
                 torch.mv(state.view(i + 1, -1).t(), total[row], out=raw[t, i + 1].view(-1))
@@ -132,7 +144,7 @@ class _Supernet(torch.autograd.Function):
                 kept = (flat @ d_new.view(steps, -1).t())[sources, followers]  # of s and the new state's gradient
                 kept -= (states[t, sources] * dm).sum(dim=(1, 2))
                 d_probabilities += kept[:, None] + values[t].mul_(dm).sum(dim=(2, 3)).t()
-            d_hidden = gate_backward(normalise_backward(t, 0), a[t], before[t])
+            d_hidden = _gate_backward(normalise_backward(t, 0), a[t], before[t])
             add_through(d_hidden, a[t] @ W_hidden.t(), mask)
         d_W_hidden = heard.view(-1, H).t() @ a.view(-1, 2 * H) if needed[2] else None
         return a, d_hidden, d_W_hidden, d_Ws, None, d_probabilities, None, None, None

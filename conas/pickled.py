@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from conas.errors import InputError
+from conas.files import check_regular, check_zip
 
 MAGIC = 0x1950A86A20F9469CFC6C  # opens the older layout
 DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
@@ -144,8 +145,12 @@ class _Reader(pickle.Unpickler):
 def read_pickled(path: str | Path) -> PickledModel:
     """The model in a file of torch.save(model). Raises InputError if it is damaged, or names anything unexpected."""
     try:
+        check_regular(path)
         with open(path, "rb") as file:
-            root, storages = (_read_zip if zipfile.is_zipfile(file) else _read_older)(file)
+            zipped = zipfile.is_zipfile(file)
+            if zipped:
+                check_zip(path)
+            root, storages = (_read_zip if zipped else _read_older)(file)
         found: dict[str, Tensor] = {}
         genotypes: list[tuple] = []
         _collect(root, "", storages, found, genotypes, set())

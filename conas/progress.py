@@ -128,9 +128,11 @@ def tell_skipped(run: Run, metrics: list[dict]) -> None:
         run.log(f"{skipped} steps were skipped, since their losses or gradients were not finite")
 
 
-def announce(run: Run, seconds: float) -> None:
-    """Say how long a run will take, if that is long."""
+SHORTER = "--dataset digits with few --epochs, --layers and --init_channels is a matter of minutes"
+
+
+def announce(run: Run, seconds: float, shorter: str = SHORTER) -> None:
+    """Say how long a run will take, if that is long, and what would be shorter."""
     if seconds > 600:
         text = f"{seconds / 3600:.1f} hours" if seconds > 7200 else f"{seconds / 60:.0f} minutes"
-        run.log(f"at this speed the run takes about {text}; --dataset digits with few --epochs, --layers and "
-                "--init_channels is a matter of minutes")
+        run.log(f"at this speed the run takes about {text}; {shorter}")

@@ -4,7 +4,6 @@ State 0 joins the input word and the previous hidden state. Step i makes state i
 c = sigmoid(s W_c) and an activation h = f(s W_h), the new state is s + c (h - s). The cell's output, which is also its
 next hidden state, is the mean of the states in `concat`.
 """
-import json
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor
 
 from conas.errors import InputError
+from conas.files import read_json
 from conas.genotype import is_edge, is_index
 
 STEPS = 8
@@ -75,7 +75,7 @@ def from_json(obj, where: str, activations: Collection[str] = ACTIVATIONS) -> Ge
 def load(path: str | Path) -> Genotype:
     """Read and check a genotype. Raises InputError for a file that is missing, not JSON or not a recurrent genotype."""
     try:
-        obj = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        obj = read_json(path)
+    except (OSError, ValueError) as error:
         raise InputError(f"{path}: cannot be read as a genotype ({error})") from error
     return from_json(obj, str(path))

@@ -18,14 +18,16 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conas.recurrent_genotype import ACTIVATIONS, Genotype
+from conas.recurrent_genotype import Genotype
 
 SLOPES = {  # derivative of an activation, from its output
     "tanh": lambda f: 1 - f * f,
     "relu": lambda f: (f > 0).to(f.dtype),
     "sigmoid": lambda f: f - f * f,
-    "identity": torch.ones_like,
 }
+
+
+IN_PLACE = {"tanh": Tensor.tanh_, "relu": Tensor.relu_, "sigmoid": Tensor.sigmoid_, "identity": lambda x: x}
 
 
 class Plan:
@@ -67,17 +69,6 @@ def gate(a: Tensor, state: Tensor) -> Tensor:
     return torch.lerp(state, h.tanh_(), c.sigmoid_())
 
 
-def gate_backward(d: Tensor, a: Tensor, state: Tensor) -> Tensor:
-    """The gradient by `state` but for the part through `a`; `a` then holds its own gradient."""
-    c, h = a.chunk(2, dim=-1)
-    dh = d * c
-    d_state = d - dh
-    d_gate = dh.mul(h - state).mul_(1 - c)
-    h.copy_(dh.mul_(SLOPES["tanh"](h)))
-    c.copy_(d_gate)
-    return d_state
-
-
 def once(ctx) -> None:
     if ctx.used:
         raise RuntimeError("the backward pass of a recurrent sequence overwrites what it needs: it can be run once")
@@ -99,24 +90,22 @@ class _Cell(torch.autograd.Function):
         a = torch.empty_like(x)
         before = x.new_empty(T + 1, B, H)      # hidden states; before[t + 1] is the output of time step t
         before[0] = hidden
-        heard = x.new_empty(T, B, 1 + len(plan.groups), H)  # masked: hidden state, then groups' sources
+        heard = x.new_empty(1 + len(plan.groups), T, B, H)  # masked: hidden state, then groups' sources
         states = x.new_empty(T, B, 1 + len(plan.steps), H)
         gates = [x.new_empty(T, B, b - i, 2, H) for _, i, b in plan.groups]
         whole = plan.outputs == list(range(plan.outputs[0], plan.outputs[-1] + 1))
-        for t in range(T):
-            h_masked = masked(before[t], mask, heard[t, :, 0])
-            torch.addmm(x[t], h_masked, W_hidden, out=a[t])
-            states[t, :, 0] = gate(a[t], before[t])
+        for t, state in enumerate(states.unbind(0)):
+            torch.addmm(x[t], masked(before[t], mask, heard[0, t]), W_hidden, out=a[t])
+            state[:, 0] = gate(a[t], before[t])
             for n, ((source, i, b), W) in enumerate(zip(plan.groups, weights)):
-                state = states[t, :, source]
-                torch.mm(masked(state, mask, heard[t, :, 1 + n]), W, out=gates[n][t].view(B, -1))
-                c, f = gates[n][t].unbind(2)
+                product, from_state = gates[n][t], state[:, source]
+                torch.mm(masked(from_state, mask, heard[1 + n, t]), W, out=product.view(B, -1))
+                c, f = product.unbind(2)
                 c.sigmoid_()
                 for step, name in enumerate(plan.activations[i:b]):
-                    if name != "identity":
-                        f[:, step] = ACTIVATIONS[name](f[:, step])
-                torch.lerp(state[:, None], f, c, out=states[t, :, 1 + i:1 + b])
-            chosen = states[t, :, plan.outputs[0]:plan.outputs[-1] + 1] if whole else states[t][:, plan.outputs]
+                    IN_PLACE[name](f[:, step])
+                torch.lerp(from_state[:, None], f, c, out=state[:, 1 + i:1 + b])
+            chosen = state[:, plan.outputs[0]:plan.outputs[-1] + 1] if whole else state[:, plan.outputs]
             torch.mean(chosen, dim=1, out=before[t + 1])
         ctx.save_for_backward(a, before, heard, states, *gates, W_hidden, *weights)
         ctx.mask, ctx.plan, ctx.used = mask, plan, False
@@ -130,30 +119,50 @@ class _Cell(torch.autograd.Function):
         a, before, heard, states = ctx.saved_tensors[:4]
         gates, W_hidden, weights = ctx.saved_tensors[4:4 + n], ctx.saved_tensors[4 + n], ctx.saved_tensors[5 + n:]
         T, B, H = d_outputs.shape
+        kept_hidden = _slopes(a.view(T, B, 1, 2, H), before[:-1], ["tanh"])[:, :, 0]
+        kept = [_slopes(product, states[:, :, source], plan.activations[i:b])
+                for (source, i, b), product in zip(plan.groups, gates)]
+        backwards = list(zip(plan.groups, gates, kept, [W.t() for W in weights]))[::-1]
         d = states.new_empty(states.shape[1:])
+        share = d.new_zeros(d.shape[1], 1)  # of the output's gradient, by slot
+        share[plan.outputs] = 1 / len(plan.outputs)
         d_hidden = torch.zeros_like(before[0])
         for t in reversed(range(T)):
-            d_output = (d_outputs[t] + d_hidden).div_(len(plan.outputs))
-            d.zero_()
-            for slot in plan.outputs:
-                d[:, slot] = d_output
-            for (source, i, b), gate, W in reversed(list(zip(plan.groups, gates, weights))):
-                state, d_targets, (c, f) = states[t, :, source], d[:, 1 + i:1 + b], gate[t].unbind(2)
-                df = d_targets * c
-                d[:, source] += (d_targets - df).sum(dim=1)
-                d_gate = (f - state[:, None]).mul_(df).mul_(1 - c)  # df (f - s) (1 - c) = d (f - s) c (1 - c)
-                for step, name in enumerate(plan.activations[i:b]):
-                    if name != "identity":
-                        df[:, step] *= SLOPES[name](f[:, step])
-                c.copy_(d_gate)
-                f.copy_(df)
-                add_through(d[:, source], gate[t].view(B, -1) @ W.t(), mask)
-            d_hidden = gate_backward(d[:, 0], a[t], before[t])
+            torch.mul((d_outputs[t] + d_hidden)[:, None], share, out=d)
+            for (source, i, b), product, stays, W in backwards:
+                into, d_targets, d_product = d[:, source], d[:, 1 + i:1 + b], product[t]
+                d_product *= d_targets[:, :, None]
+                if b - i == 1:
+                    into.addcmul_(stays[t, :, 0], d_targets[:, 0])
+                else:
+                    into += (stays[t] * d_targets).sum(dim=1)
+                add_through(into, d_product.view(B, -1) @ W, mask)
+            d_state = d[:, 0]
+            a[t].view(B, 2, H).mul_(d_state[:, None])
+            d_hidden = kept_hidden[t] * d_state
             add_through(d_hidden, a[t] @ W_hidden.t(), mask)
 
         def gradient(part: int, values: Tensor) -> Tensor:
-            return heard[:, :, part].reshape(T * B, H).t() @ values.view(T * B, -1)
+            return heard[part].view(T * B, H).t() @ values.view(T * B, -1)
 
         needed = ctx.needs_input_grad
         return (a, d_hidden, gradient(0, a) if needed[2] else None, None, None,
-                *(gradient(1 + n, gate) if needed[5 + n] else None for n, gate in enumerate(gates)))
+                *(gradient(1 + n, product) if needed[5 + n] else None for n, product in enumerate(gates)))
+
+
+def _slopes(gates: Tensor, source: Tensor, activations: Sequence[str]) -> Tensor:
+    """For all time steps at once, what the gradient of the new states is multiplied by.
+
+    `gates` (T, B, n, 2, H) hold c and f of n steps that follow `source` (T, B, H). Afterwards they hold the derivatives
+    of the new states by what c and f were made of; returned is the one by `source` (T, B, n, H) but for that, 1 - c.
+    """
+    c, f = gates.unbind(3)
+    stays = 1 - c
+    d_gate = (f - source[:, :, None]).mul_(c).mul_(stays)
+    for step, name in enumerate(activations):
+        if name == "identity":
+            f[:, :, step] = c[:, :, step]
+        else:
+            torch.mul(SLOPES[name](f[:, :, step]), c[:, :, step], out=f[:, :, step])
+    c.copy_(d_gate)
+    return stays

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from conas.errors import InputError
+from conas.files import check_regular
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 SPLITS = ("train", "valid", "test")
@@ -95,6 +96,7 @@ def load_corpus(name: str, data: str | Path) -> Corpus:
 def _read(path: Path, name: str) -> list[str]:
     """The words of a file, with <eos> at every line's end."""
     try:
+        check_regular(path)
         text = path.read_bytes().decode("utf-8-sig")
     except (FileNotFoundError, NotADirectoryError) as error:
         known = CORPORA.get(name)
@@ -102,8 +104,8 @@ def _read(path: Path, name: str) -> list[str]:
         sizes = known.files if known else {}
         right = "".join(f"; {split}.txt has {size:,} bytes, MD5 {md5}" for split, (size, md5) in sizes.items())
         raise InputError(f"{path}: no such file; put there {where}{right}") from error
-    except IsADirectoryError as error:
-        raise InputError(f"{path}: is a folder; it should be a text") from error
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read as a text ({error.strerror or error})") from error
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise InputError(f"{path}: line {line} is not UTF-8 (byte {error.object[error.start]:#04x} at position "
@@ -129,13 +131,12 @@ class Text:
     What does not fill the columns is left out at the end. `steps` = n - 1 words of each column are predicted.
     """
 
-    def __init__(self, corpus: Corpus, split: str, columns: int, device: torch.device | str = "cpu",
-                 flag: str = "--batch_size"):
+    def __init__(self, corpus: Corpus, split: str, columns: int, device: torch.device | str = "cpu"):
         ids = corpus.ids[split]
         rows = len(ids) // columns
         if rows < 2:
             raise InputError(f"{corpus.folder / split}.txt: {len(ids)} words are too few for {columns} columns of at "
-                             f"least 2; lower {flag} or give a longer text")
+                             "least 2; give a smaller --batch_size or a longer text")
         self.columns = ids[:rows * columns].view(columns, rows).t().contiguous().to(device)
         self.steps = rows - 1
 

@@ -1,11 +1,13 @@
 """Recurrent cells: the fused sequences against a textbook loop, dropout, the bilevel step, the genotype rule."""
 import json
+import re
 
 import pytest
 import torch
 from torch import nn
 
 from benchmarks import textbook_rnn
+from conas.draw_recurrent import draw_recurrent
 from conas.errors import InputError
 from conas.language import draw_masks, weight_step
 from conas.language_options import DropoutOptions
@@ -264,6 +266,19 @@ def test_bad_genotypes_are_refused(recurrent, concat, what):
         from_json({"recurrent": recurrent, "concat": concat}, "cell.json")
     with pytest.raises(InputError, match="genotype"):
         RecurrentNetwork(V, H, Genotype([("none", 0)], [1]))
+
+
+@pytest.mark.parametrize("name", CELLS)
+def test_picture_has_every_edge_and_is_the_same_every_time(name, tmp_path):
+    genotype = CELLS[name]
+    first, second = (draw_recurrent(genotype, tmp_path / part) for part in ("a", "b"))
+    assert [path.name for path in first] == ["recurrent.svg", "recurrent.png"]
+    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]
+    svg = first[0].read_text()
+    found = sorted(re.findall(r'id="((?:edge|output)-[^"]*)"', svg))
+    edges = [f"edge-{i + 1}-{source}-{i + 1}-{activation}" for i, (activation, source) in enumerate(genotype.recurrent)]
+    assert found == sorted([*edges, "edge-0--2-0-tanh", "edge-0--1-0-tanh",
+                            *(f"output-{state}" for state in genotype.concat)])
 
 
 def test_parameters_at_the_published_size():

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from conas.errors import InputError
-from conas.language import Reader, Schedule, TextCourse, evaluate
+from conas.language import Reader, Schedule, TextCourse, evaluate, validation_text
 from conas.language_options import DropoutOptions
 from conas.recurrent import Masks, RecurrentNetwork, TextBatch
 from conas.text import CORPORA, Text, load_corpus, random_lengths
@@ -82,6 +82,7 @@ def test_columns_hold_the_text_in_order(tmp_path):
     pieces = list(text.pieces(3))
     assert torch.equal(torch.cat([tokens for tokens, _ in pieces]), text.columns[:-1])
     assert torch.equal(torch.cat([targets for _, targets in pieces]), text.columns[1:])
+    assert validation_text(corpus, "cpu").columns.shape == (2, 10)
     with pytest.raises(InputError, match="too few for 12 columns"):
         Text(corpus, "train", 12)
 
