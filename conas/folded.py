@@ -97,7 +97,7 @@ class _Folded:
 
 
 class _Again:
-    """The output of `_Halfway`, which is not kept: one product more in the backward pass saves a third of the maps."""
+    """The output of `_Halfway`, which is not kept: one product more in the backward pass saves a quarter of the maps."""
 
     def __init__(self):
         self.z = self.scaled = self.out = None
