@@ -2,6 +2,7 @@
 
     python -m benchmarks.search_step                  # batches of 16 and 64, two threads
     python -m benchmarks.search_step --threads 1
+    python -m benchmarks.search_step --no-keep_freed_memory
     python -m benchmarks.search_step --growth         # time by batch, channels and layers, in the three spaces
     python -m benchmarks.search_step --device cuda
 
@@ -243,8 +244,8 @@ def main() -> None:
             for batch_size in options.batch_sizes:
                 sizes = {"space": space, "channels": options.channels, "layers": options.layers,
                          "batch_size": batch_size, "eval_batch": options.eval_batch}
-                title = (f"{space}, {options.channels} channels, {options.layers} cells, batch {batch_size}, "
-                         f"{options.threads} thread{'s' * (options.threads > 1)}"
+                threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
+                title = (f"{space}, {options.channels} channels, {options.layers} cells, batch {batch_size}, {threads}"
                          f"{'' if kept else ', malloc as it comes'}")
                 results["settings"][title] = about | sizes | compare(sizes, options.rounds, device, kept)
                 print(f"{title}\n{report(results['settings'][title])}", flush=True)

@@ -110,7 +110,7 @@ def _halfway(z: Tensor, scaled: Tensor) -> Tensor:
 
 
 class _Halfway(torch.autograd.Function):
-    """With `again`, its output is not kept: one product more in the backward pass saves a third of the maps."""
+    """With `again`, its output is not kept: one product more in the backward pass saves a quarter of the maps."""
 
     @staticmethod
     def forward(ctx, z, weight, pool, again):
