@@ -1,34 +1,30 @@
 """The central difference of DARTS' equation 8 against the exact Hessian-vector product: how far, and at what cost.
 
-    python -m benchmarks.hvp                                  # a minute or two on one core
+    OMP_NUM_THREADS=1 python -m benchmarks.hvp                     # a minute or two
 
 In float64, for perturbations of norm r: the distance of the two relative to the exact product, for the cell of the
-paper and for the same cell with SiLU in place of ReLU and average in place of max pooling. The exact product of the
-paper's cell is that of `conas.architect`; the smooth cell is the textbook's, differentiated twice by autograd. Seconds
-are of float32, taken in turns, medians with quartiles; memory is the peak of a child process above that of importing
-torch. Writes benchmarks/results/hvp.json and img/hvp.svg.
+paper and for the same cell with SiLU in place of ReLU and average in place of max pooling. Seconds are of float32,
+taken in turns, medians with quartiles. Writes benchmarks/results/hvp.json and img/hvp.svg.
 """
 import argparse
-import resource
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from statistics import median
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, max_pool2d, relu, silu
+from torch.nn.functional import avg_pool2d, max_pool2d, silu
 from torch.overrides import TorchFunctionMode
 
-from benchmarks import textbook
 from benchmarks.machine import machine, write
 from benchmarks.train_step import spread
 from cnn_space1.architect import Architect
 from cnn_space1.model_search import Network
 from conas.config import ROOT
 from conas.draw import defaults, save_figure
+from conas.fused import twice_differentiable
 
 RADII = [10.0 ** -k for k in range(6)]
 SMALL = {"C": 4, "layers": 3}, (6, 3, 12, 12)
@@ -36,61 +32,41 @@ LARGE = {"C": 8, "layers": 3}, (8, 3, 16, 16)
 
 
 class Smooth(TorchFunctionMode):
-    """Inside, there are no kinks."""
+    """Inside, the supernet has no kinks: SiLU for ReLU, average for max pooling."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function in (relu, torch.relu):
+        if function in (Tensor.relu, Tensor.relu_):
             return silu(args[0])
         if function is max_pool2d:
             return avg_pool2d(args[0], 3, kwargs["stride"], 1, count_include_pad=False)
         return function(*args, **(kwargs or {}))
 
 
-def problem(seed: int, size: tuple, dtype: torch.dtype) -> tuple[Network, Architect, list]:
-    """A network with random alphas, its architect, a batch for weights and one for alphas."""
+def problem(seed: int, size: tuple, dtype: torch.dtype) -> tuple[Architect, list]:
+    """The architect of a network with random alphas, a batch for weights and one for alphas."""
     torch.manual_seed(seed)
     arguments, shape = size
     network = Network(**arguments).to(dtype)
     for alpha in network.alphas().values():
         alpha.data.normal_(0, 0.5)
     architect = Architect(network, torch.optim.SGD(network.weights().values(), lr=0.025, momentum=0.9))
-    return network, architect, [(torch.randn(shape, dtype=dtype), torch.randint(10, shape[:1])) for _ in range(2)]
+    return architect, [(torch.randn(shape, dtype=dtype), torch.randint(10, shape[:1])) for _ in range(2)]
 
 
-def cell_of_the_paper(seed: int) -> list[float]:
+def distances(seed: int, smooth: bool) -> list[float]:
     """The relative distance at each radius."""
-    _, architect, (train, valid) = problem(seed, SMALL, torch.float64)
-    w = architect.weights()
-    d = architect.grad_weights(valid, w)
-    exact = architect.exact_product(train, w, d)
-    return distances(exact, lambda r: architect.difference_quotient(train, w, d, r))
-
-
-def smooth_cell(seed: int) -> list[float]:
-    """The same for the cell without kinks."""
-    network, _, (train, valid) = problem(seed, SMALL, torch.float64)
-    oracle = textbook.Network(network.primitives, **SMALL[0]).double()
-    oracle.load_state_dict(network.state_dict())
-    weights, alphas = list(oracle.weights().values()), list(oracle.alphas().values())
-    with Smooth():
-        d = torch.autograd.grad(oracle.loss(valid), weights)
-        inner = torch.autograd.grad(oracle.loss(train), weights, create_graph=True)
-        exact = flat(torch.autograd.grad(inner, alphas, d))
-        architect = textbook.Architect(oracle)
-        return distances(exact, lambda r: flat(architect.hessian_vector(train, d, r)))
-
-
-def flat(tensors: list[Tensor]) -> Tensor:
-    return torch.cat([t.reshape(-1) for t in tensors])
-
-
-def distances(exact: Tensor, quotient: Callable[[float], Tensor]) -> list[float]:
-    return [((quotient(r) - exact).norm() / exact.norm()).item() for r in RADII]
+    architect, (train, valid) = problem(seed, SMALL, torch.float64)
+    # gradients by hand are those of ReLU: with another function, autograd must find them
+    with Smooth() if smooth else nullcontext(), twice_differentiable() if smooth else nullcontext():
+        w = architect.weights()
+        d = architect.grad_weights(valid, w)
+        exact = architect.exact_product(train, w, d)
+        return [((architect.difference_quotient(train, w, d, r) - exact).norm() / exact.norm()).item() for r in RADII]
 
 
 def products() -> dict[str, Callable[[], Tensor]]:
     """Both ways, on one problem in float32."""
-    _, architect, (train, valid) = problem(0, LARGE, torch.float32)
+    architect, (train, valid) = problem(0, LARGE, torch.float32)
     w = architect.weights()
     d = architect.grad_weights(valid, w)
     return {"difference": partial(architect.difference_quotient, train, w, d),
@@ -101,11 +77,6 @@ def seconds(work: Callable[[], Tensor]) -> float:
     began = time.perf_counter()
     work()
     return time.perf_counter() - began
-
-
-def peak() -> int:
-    """Kilobytes of this process at its largest."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def draw(result: dict) -> None:
@@ -130,37 +101,30 @@ def draw(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="networks and batches for the distances")
-    parser.add_argument("--rounds", type=int, default=7, help="for the seconds")
-    parser.add_argument("--child", choices=["difference", "exact"], help=argparse.SUPPRESS)
+    parser.add_argument("--rounds", type=int, default=5, help="for the seconds")
     options = parser.parse_args()
-    if options.child:
-        before = peak()
-        products()[options.child]()
-        print(peak() - before)
-        return
     result = {"radii": RADII, "distance": {
-        "ReLU and max pooling, as in DARTS": [cell_of_the_paper(seed) for seed in range(options.seeds)],
-        "SiLU and average pooling": [smooth_cell(seed) for seed in range(options.seeds)]}}
-    ways = products()
-    taken = {name: [seconds(work) for _ in range(2)][2:] for name, work in ways.items()}  # warm up
-    for _ in range(options.rounds):
-        for name, work in ways.items():
-            taken[name].append(seconds(work))
-    command = [sys.executable, "-m", "benchmarks.hvp", "--child"]
-    result |= {
-        "seconds": {name: spread(values) for name, values in taken.items()},
-        "exact_over_difference": spread([e / d for d, e in zip(taken["difference"], taken["exact"])]),
-        "peak_megabytes": {name: int(subprocess.run([*command, name], cwd=ROOT, capture_output=True, text=True,
-                                                    check=True).stdout) / 1024 for name in ways},
-        "n": {"distance": options.seeds, "seconds": options.rounds},
-        "sizes": {"distance": SMALL, "seconds": LARGE}} | machine(torch.device("cpu"))
+        "ReLU and max pooling, as in DARTS": [distances(seed, smooth=False) for seed in range(options.seeds)],
+        "SiLU and average pooling": [distances(seed, smooth=True) for seed in range(options.seeds)]}}
     for name, rows in result["distance"].items():
         print(name)
         for r, column in zip(RADII, zip(*rows)):
-            print(f"  r = {r:<8g} {median(column):.1e} ({min(column):.1e} to {max(column):.1e})")
-    ratio, memory = result["exact_over_difference"], result["peak_megabytes"]
-    print(f"exact / difference: {ratio['median']:.2f} of the time ({ratio['quartiles'][0]:.2f} to "
-          f"{ratio['quartiles'][1]:.2f}), {memory['exact']:.0f} MB instead of {memory['difference']:.0f} MB")
+            print(f"  r = {r:<8g} {median(column):.1e} ({min(column):.1e} to {max(column):.1e})", flush=True)
+    ways = products()
+    taken = {name: [] for name in ways}
+    for turn in range(options.rounds + 1):
+        for name, work in ways.items():
+            value = seconds(work)
+            if turn:  # the first warms up
+                taken[name].append(value)
+    result |= {
+        "seconds": {name: spread(values) for name, values in taken.items()},
+        "exact_over_difference": spread([e / d for d, e in zip(taken["difference"], taken["exact"])]),
+        "n": {"distance": options.seeds, "seconds": options.rounds},
+        "sizes": {"distance": SMALL, "seconds": LARGE}} | machine(torch.device("cpu"))
+    ratio = result["exact_over_difference"]
+    print(f"seconds, exact / difference: {ratio['median']:.2f} ({ratio['quartiles'][0]:.2f} to "
+          f"{ratio['quartiles'][1]:.2f})")
     draw(result)
     print(f"written: {write('hvp', result)}, img/hvp.svg")
 
