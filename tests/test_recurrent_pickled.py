@@ -184,7 +184,7 @@ def test_compressed_archives_and_pipes_are_refused(network, darts, tmp_path):
     with pytest.raises(InputError, match="compressed"):
         read_pickled(packed)
     os.mkfifo(pipe)
-    with pytest.raises(InputError, match="refused.*pipe"):
+    with pytest.raises(InputError, match=r"refused.*pipe"):
         read_pickled(pipe)
 
 
