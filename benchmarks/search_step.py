@@ -2,6 +2,7 @@
 
     python -m benchmarks.search_step                  # batches of 16 and 64, two threads
     python -m benchmarks.search_step --threads 1
+    python -m benchmarks.search_step --no-keep_freed_memory
     python -m benchmarks.search_step --growth         # time by batch, channels and layers, in the three spaces
     python -m benchmarks.search_step --device cuda
 
@@ -29,6 +30,7 @@ from benchmarks.search_step_figure import draw
 from benchmarks.train_step import RESULTS, processor, spread
 from conas.cli import find_device
 from conas.config import WeightOptions
+from conas.memory import keep_freed_memory
 from conas.search import weight_step
 
 RECIPE = WeightOptions()
@@ -42,16 +44,17 @@ class Contestant:
     """One implementation of a space's search on random batches of its own; `works` are what is timed."""
 
     def __init__(self, name: str, space: str, channels: int, layers: int, batch_size: int, eval_batch: int = 0,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, image_size: int = 32):
-        torch.manual_seed(0)
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, image_size: int = 32,
+                 seed: int = 0):
+        torch.manual_seed(seed)
         ours = import_module(f"{space}.model_search").Network(channels, 10, layers)
         ours.to(device, dtype)
-        torch.manual_seed(1)
-        draw_batch = [torch.randn(n, 3, image_size, image_size, dtype=dtype, device=device)
+        torch.manual_seed(seed + 1)
+        batches = [torch.randn(n, 3, image_size, image_size, dtype=torch.float64).to(device, dtype)
                       for n in (batch_size, batch_size, eval_batch)]
-        labels = torch.randint(10, (2, batch_size), device=device)
+        labels = torch.randint(10, (2, batch_size)).to(device)
         if name == "ours":
-            draw_batch = [x.contiguous(memory_format=torch.channels_last) for x in draw_batch]
+            batches = [x.contiguous(memory_format=torch.channels_last) for x in batches]
             self.network = ours.to(memory_format=torch.channels_last)
             optimizer = torch.optim.SGD(ours.weights().values(), RECIPE.learning_rate, RECIPE.momentum,
                                         weight_decay=RECIPE.weight_decay)
@@ -61,7 +64,7 @@ class Contestant:
             self.network.load_state_dict(ours.state_dict())
             optimizer = textbook.weight_optimizer(self.network, RECIPE.learning_rate)
             architect = textbook.Architect(self.network)
-        train, valid, images = (draw_batch[0], labels[0]), (draw_batch[1], labels[1]), draw_batch[2]
+        train, valid, images = (batches[0], labels[0]), (batches[1], labels[1]), batches[2]
         rate = RECIPE.learning_rate
 
         def evaluation():
@@ -135,7 +138,7 @@ def race(sizes: dict, works: tuple[str, ...], rounds: int, device: torch.device)
                                    for work, values in taken["textbook"].items()}}
 
 
-def compare(sizes: dict, rounds: int, device: torch.device) -> dict:
+def compare(sizes: dict, rounds: int, device: torch.device, kept: bool) -> dict:
     """All figures of one setting."""
     result = race(sizes, WORKS, rounds, device)
     for count in operator_calls, flops:
@@ -151,7 +154,7 @@ def compare(sizes: dict, rounds: int, device: torch.device) -> dict:
         for name, of in result["flops"].items()}
     flags = [f"--{key}={value}" for key, value in sizes.items() if key not in ("batch_size", "space", "eval_batch")]
     flags += [f"--batch_sizes={sizes['batch_size']}", f"--spaces={sizes['space']}", f"--device={device}",
-              f"--threads={torch.get_num_threads()}"]
+              f"--threads={torch.get_num_threads()}", "--keep_freed_memory" if kept else "--no-keep_freed_memory"]
     result["peak_bytes"] = {name: memory_in_child([*flags, f"--memory_of={name}"]) for name in ("textbook", "ours")}
     return result
 
@@ -209,10 +212,13 @@ def main() -> None:
     parser.add_argument("--spaces", nargs="+", default=["cnn_space1"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--keep_freed_memory", action=argparse.BooleanOptionalAction, default=True,
+                        help="for both, as train_search.py does (conas/memory.py)")
     parser.add_argument("--memory_of", choices=["textbook", "ours"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = find_device(options.device)
+    kept = options.keep_freed_memory and keep_freed_memory()
     if options.memory_of:
         before = peak_memory(device)
         contestant = Contestant(options.memory_of, options.spaces[0], options.channels, options.layers,
@@ -224,7 +230,8 @@ def main() -> None:
 
     path = RESULTS / f"search_step-{device.type}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}, "growth": {}}
-    about = {"machine": machine(device), "threads": options.threads, "rounds": options.rounds}
+    about = {"machine": machine(device), "threads": options.threads, "rounds": options.rounds,
+             "freed_memory_kept": kept}
     for space in options.spaces:
         distance = disagreement(space, device)
         print(f"{space}: hypergradients agree to {distance:.1e} in float64", flush=True)
@@ -237,9 +244,10 @@ def main() -> None:
             for batch_size in options.batch_sizes:
                 sizes = {"space": space, "channels": options.channels, "layers": options.layers,
                          "batch_size": batch_size, "eval_batch": options.eval_batch}
-                title = (f"{space}, {options.channels} channels, {options.layers} cells, batch {batch_size}, "
-                         f"{options.threads} thread{'s' * (options.threads > 1)}")
-                results["settings"][title] = about | sizes | compare(sizes, options.rounds, device)
+                threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
+                title = (f"{space}, {options.channels} channels, {options.layers} cells, batch {batch_size}, {threads}"
+                         f"{'' if kept else ', malloc as it comes'}")
+                results["settings"][title] = about | sizes | compare(sizes, options.rounds, device, kept)
                 print(f"{title}\n{report(results['settings'][title])}", flush=True)
     RESULTS.mkdir(exist_ok=True)
     path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

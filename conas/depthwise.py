@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, pad
 
-from conas.fused import fused
+from conas.fused import Again, fused
 from conas.synced import Pool
 
 SMALL = 2**19  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
@@ -36,64 +36,62 @@ def interleave(x: Tensor) -> Tensor:
     return x.reshape(N // 4, 2 * H, 2 * W, C)
 
 
-def convolve(x: Tensor, weights: Sequence[Tensor], stride: int = 1, dilation: int = 1, centred: Pool | None = None
-             ) -> tuple[Tensor, Tensor | None]:
+def convolve(x: Tensor, weights: Sequence[Tensor], stride: int = 1, dilation: int = 1, centred: Pool | None = None,
+             again: Again | None = None) -> tuple[Tensor, Tensor | None]:
     """Depthwise convolutions with odd square kernels and "same" padding, for groups of C channels.
 
     Each weight (G*C, 1, k, k) serves G groups. x (S, N, H, W, C) holds the inputs of all groups of all weights if S is
-    their number; else S states, each read by G/S groups of every weight.
+    their number; else S states, each read by G/S groups of every weight. If `again` is given, x is not kept for the
+    backward pass, but computed by it once more.
     Returns z (all groups, N, ceil(H/stride), ceil(W/stride), C) and, if `centred`, its mean (all groups, 1, C) over the
     images of that pool, which is then subtracted from z. `centred` is for use ahead of BatchNorm only: the gradient is
     right if that of z has mean zero.
     """
-    return fused(_Convolve, x, stride, dilation, centred, *weights)
+    return fused(_Convolve, x, stride, dilation, centred, again, *weights)
 
 
 class _Convolve(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, stride, dilation, centred, *weights):
-        ctx.save_for_backward(x, *weights)
-        ctx.settings = settings = stride, dilation, _is_small(x)
-        shares = _share(x, weights)
-        means = [_mean(part, weight, stride, dilation) for part, weight in shares] if centred else []
-        if centred:
-            means = centred.mean(torch.cat(means)).split([len(mean) for mean in means])
-        z = []
-        for i, (part, weight) in enumerate(shares):
-            blocks = _blocks(part, weight, settings[2])
-            biases = means[i].neg().view(len(blocks), -1).unbind() if centred else [None] * len(blocks)
-            z += [_apart(_convolution(block, kernel, stride, dilation, bias), x.shape[-1])
-                  for block, kernel, bias in zip(blocks, weight.chunk(len(blocks)), biases)]
+    def forward(ctx, x, stride, dilation, centred, again, *weights):
+        kept = again.take() if again else (x,)
+        ctx.save_for_backward(*kept, *weights)
+        ctx.again, ctx.kept, ctx.shape, ctx.settings = again, len(kept), x.shape, (stride, dilation)
+        ctx.small = small = _is_small(x)
+        ctx.set_materialize_grads(False)
+        shifts = _shifts(x, weights, stride, dilation) if centred else [None] * len(weights)
+        if centred and centred.shared:
+            shifts = centred.mean(torch.cat(shifts)).split(_groups(x.shape, weights))
+        outs = []
+        for blocks, weight, shift in zip(_inputs(x, _groups(x.shape, weights), small), weights, shifts):
+            biases = [None] * len(blocks) if shift is None else shift.view(len(blocks), -1).unbind()
+            outs += [_convolution(block, kernel, stride, dilation, bias)
+                     for block, kernel, bias in zip(blocks, weight.chunk(len(blocks)), biases)]
         mean = None
         if centred:
-            mean = torch.cat(means)[:, None]
+            mean = torch.cat(shifts).neg()[:, None]
             ctx.mark_non_differentiable(mean)
-        return torch.cat(z) if len(z) > 1 else z[0].contiguous(), mean
+        return _pack(outs, x.shape[-1]), mean
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        x, *weights = ctx.saved_tensors
-        grads = grad.split([len(weight) // x.shape[-1] for weight in weights])
-        shares = [(*share, g, *ctx.settings) for share, g in zip(_share(x, weights), grads)]
+        saved = ctx.saved_tensors
+        kept, weights = saved[:ctx.kept], saved[ctx.kept:]
+        groups = _groups(ctx.shape, weights)
+        grads = [_blocks(g, len(g), ctx.small) for g in grad.split(groups)]
         d_x, d_weights = None, [None] * len(weights)
         if ctx.needs_input_grad[0]:
-            d_x, *others = (_input_gradient(*share) for share in shares)
-            if len(d_x) < len(x):
-                d_x = torch.cat([d_x, *others])
-            else:
-                for other in others:
-                    d_x += other
-        if ctx.needs_input_grad[4]:
-            d_weights = [_weight_gradient(*share) for share in shares]
-        return d_x, None, None, None, *d_weights
+            d_x = _input_gradient(ctx.shape, weights, grads, *ctx.settings)
+        if ctx.needs_input_grad[5]:
+            x = ctx.again.compute(*kept) if ctx.again else kept[0]
+            parts = x.split(groups) if len(x) == sum(groups) else [x] * len(groups)
+            d_weights = [_weight_gradient(*share, *ctx.settings, ctx.small)
+                         for share in zip(parts, _inputs(x, groups, ctx.small), weights, grads)]
+        return d_x, None, None, None, None, *d_weights
 
 
-def _share(x: Tensor, weights: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """Each weight's part of x, and the weight."""
-    groups = [len(weight) // x.shape[-1] for weight in weights]
-    parts = x.split(groups) if len(x) == sum(groups) else [x] * len(groups)
-    return list(zip(parts, weights))
+def _groups(shape: Sequence[int], weights: Sequence[Tensor]) -> list[int]:
+    return [len(weight) // shape[-1] for weight in weights]
 
 
 def _is_small(x: Tensor) -> bool:
@@ -102,19 +100,31 @@ def _is_small(x: Tensor) -> bool:
     return x.device.type != "cpu" or exporting or x[0].numel() * x.element_size() <= SMALL
 
 
-def _blocks(x: Tensor, weight: Tensor, small: bool) -> list[Tensor]:
+def _inputs(x: Tensor, groups: list[int], small: bool) -> list[list[Tensor]]:
+    """The `_blocks` that each weight reads."""
+    if len(x) == sum(groups):
+        return [_blocks(part, G, small) for part, G in zip(x.split(groups), groups)]
+    blocks = {G: _blocks(x, G, small) for G in set(groups)}  # kernels of several sizes read the same
+    return [blocks[G] for G in groups]
+
+
+def _blocks(x: Tensor, groups: int, small: bool) -> list[Tensor]:
     """The inputs (S, N, H, W, C) of a weight's groups: each (N, C, H, W), or, if small, side by side (N, G*C, H, W)."""
     S, N, H, W, C = x.shape
-    share = len(weight) // (S * C)
-    if S * share == 1 or not small:
-        return [m for m in x.permute(0, 1, 4, 2, 3).unbind() for _ in range(share)]
-    x = x.permute(1, 2, 3, 0, 4)[:, :, :, :, None].expand(N, H, W, S, share, C)
-    return [x.reshape(N, H, W, S * share * C).permute(0, 3, 1, 2)]
+    x = x.permute(0, 1, 4, 2, 3)
+    if groups == 1 or not small:
+        return [m for m in x.unbind() for _ in range(groups // S)]
+    x = x.permute(1, 3, 4, 0, 2)[:, :, :, :, None].expand(N, H, W, S, groups // S, C)
+    return [x.reshape(N, H, W, groups * C).permute(0, 3, 1, 2)]
 
 
-def _apart(block: Tensor, C: int) -> Tensor:
-    """(N, groups*C, H, W) -> (groups, N, H, W, C), a view."""
-    return block.unflatten(1, (-1, C)).permute(1, 0, 3, 4, 2)
+def _pack(blocks: list[Tensor], C: int) -> Tensor:
+    """The inverse of `_blocks`: (all groups, N, H, W, C)."""
+    N, channels, H, W = blocks[0].shape
+    if channels == C:
+        return torch.cat(blocks).permute(0, 2, 3, 1).view(-1, N, H, W, C)
+    parts = [block.permute(0, 2, 3, 1).view(N, H, W, -1, C).permute(3, 0, 1, 2, 4) for block in blocks]
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
 def _convolution(x, weight, stride, dilation, bias=None):
@@ -126,61 +136,80 @@ def _gradients(grad, x, weight, stride, dilation, padding, wanted):
                                                False, [0, 0], len(weight), [*wanted, False])
 
 
-def _input_gradient(x, weight, grad, stride, dilation, small):
-    grads = _blocks(grad, weight, small)
-    if stride == 1:
-        kernels = weight.flip(2, 3).chunk(len(grads))
-        parts = [_convolution(g, kernel, 1, dilation) for g, kernel in zip(grads, kernels)]
-    else:
-        padding = dilation * (weight.shape[-1] // 2)
-        parts = [_gradients(g, block, kernel, stride, dilation, padding, (True, False))[0]
-                 for g, block, kernel in zip(grads, _blocks(x, weight, small), weight.chunk(len(grads)))]
-    share = len(grad) // len(x)
-    if len(parts) == 1:
-        d_x = _apart(parts[0], x.shape[-1])
-        return d_x.unflatten(0, (-1, share)).sum(1) if share > 1 else d_x
-    for i in range(0, len(parts), share):
-        for part in parts[i + 1:i + share]:
-            parts[i] += part
-    return torch.cat([_apart(part, x.shape[-1]) for part in parts[::share]])
+def _input_gradient(shape, weights, grads, stride, dilation):
+    (S, N, H, W, C), sums = shape, []
+    separate = sum(_groups(shape, weights)) == S
+    for weight, blocks in zip(weights, grads):
+        if stride == 1:
+            kernels = weight.flip(2, 3).chunk(len(blocks))
+            parts = [_convolution(g, kernel, 1, dilation) for g, kernel in zip(blocks, kernels)]
+        else:
+            padding = dilation * (weight.shape[-1] // 2)
+            x = blocks[0].new_empty(N, H, W, blocks[0].shape[1]).permute(0, 3, 1, 2)  # of which only the shape is read
+            parts = [_gradients(g, x, kernel, stride, dilation, padding, (True, False))[0]
+                     for g, kernel in zip(blocks, weight.chunk(len(blocks)))]
+        if separate or not sums:
+            sums += parts
+        else:  # several weights read the same states
+            for total, part in zip(sums, parts):
+                total += part
+    if separate:
+        return _pack(sums, C)
+    share = len(weights[0]) // C // S
+    if len(sums) == 1:
+        return sums[0].permute(0, 2, 3, 1).view(N, H, W, S, share, C).sum(4).permute(3, 0, 1, 2, 4)
+    for i in range(0, len(sums), share):
+        for part in sums[i + 1:i + share]:
+            sums[i] += part
+    return _pack(sums[::share], C)
 
 
-def _weight_gradient(x, weight, grad, stride, dilation, small):
+def _weight_gradient(x, blocks, weight, grads, stride, dilation, small):
     k = weight.shape[-1]
-    inputs, padding = [(x, weight)], dilation * (k // 2)
+    inputs, padding = [(blocks, weight)], dilation * (k // 2)
     if k > 3 and dilation == 1 and x.device.type == "cpu":
         # columns s to s+2 of the kernel, from an input that begins s columns later
         inputs, padding = [], 0
         for s in range(0, k - 2, 2):
             left = k // 2 - s
-            right = stride * (grad.shape[3] - 1) + 3 - left - x.shape[3]
-            inputs.append((pad(x, (0, 0, left, right, k // 2, k // 2)), weight[..., :3]))
-    grads = _blocks(grad, weight, small)
+            right = stride * (grads[0].shape[3] - 1) + 3 - left - x.shape[3]
+            padded = pad(x, (0, 0, left, right, k // 2, k // 2))
+            inputs.append((_blocks(padded, len(weight) // x.shape[-1], small), weight[..., :3]))
     columns = []
-    for x, weight in inputs:
+    for blocks, weight in inputs:
         parts = [_gradients(g, block, kernel, stride, dilation, padding, (False, True))[1]
-                 for g, block, kernel in zip(grads, _blocks(x, weight, small), weight.chunk(len(grads)))]
+                 for g, block, kernel in zip(grads, blocks, weight.chunk(len(grads)))]
         part = torch.cat(parts) if len(parts) > 1 else parts[0]
         columns.append(part[..., 1:] if columns else part)
     return torch.cat(columns, 3) if len(columns) > 1 else columns[0]
 
 
-def _mean(x: Tensor, weight: Tensor, stride: int, dilation: int) -> Tensor:
-    """The mean over images and pixels of each convolution, from the mean image: (groups, C)."""
+def _shifts(x: Tensor, weights: Sequence[Tensor], stride: int, dilation: int) -> list[Tensor]:
+    """Less the mean over images and pixels of each weight's convolutions, from the mean image: (groups, C)."""
     S, _, H, W, C = x.shape
-    k = weight.shape[-1]
-    rows, columns = (_taps(k, size, stride, dilation, x.dtype, x.device) for size in (H, W))
-    taps = columns @ (rows @ x.mean(1).view(S, H, W * C)).view(S, k, W, C)
-    return (taps.permute(0, 3, 1, 2)[:, None] * weight.view(S, -1, C, k, k)).sum((3, 4)).flatten(0, 1)
+    widest = max(weight.shape[-1] for weight in weights)
+    taps = _taps(widest, H, W, stride, dilation, x.dtype, x.device)
+    taps = torch.bmm(taps.expand(S, -1, -1), x.mean(1).view(S, H * W, C)).view(S, widest, widest, 1, C)
+    groups, shifts = _groups(x.shape, weights), []
+    parts = taps.split(groups) if sum(groups) == S else [taps] * len(groups)
+    for part, weight, G in zip(parts, weights, groups):
+        k = weight.shape[-1]
+        at = slice((widest - k) // 2, (widest + k) // 2)
+        kernels = weight.view(len(part), G // len(part), C, k, k).permute(0, 3, 4, 1, 2)
+        shifts.append((part[:, at, at] * kernels).sum((1, 2)).view(G, C))
+    return shifts
 
 
 @lru_cache
-def _taps(k: int, size: int, stride: int, dilation: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(k, size): the share of pixel i in the mean over all outputs of what tap j reads."""
-    at = torch.arange(0, size, stride)[None] + dilation * (torch.arange(k)[:, None] - k // 2)
-    inside = (at >= 0) & (at < size)
-    taps = torch.zeros(k, size, dtype=dtype).scatter_add_(1, at.clamp(0, size - 1), inside.to(dtype))
-    return (taps / at.shape[1]).to(device)
+def _taps(k: int, H: int, W: int, stride: int, dilation: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(k*k, H*W): less the share of each pixel in the mean over all outputs of what each tap reads."""
+    def along(size):
+        at = torch.arange(0, size, stride)[None] + dilation * (torch.arange(k)[:, None] - k // 2)
+        inside = (at >= 0) & (at < size)
+        taps = torch.zeros(k, size, dtype=dtype).scatter_add_(1, at.clamp(0, size - 1), inside.to(dtype))
+        return taps / at.shape[1]
+
+    return torch.kron(along(H), along(W)).neg_().to(device)
 
 
 class DepthwiseConv2d(nn.Conv2d):

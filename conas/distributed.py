@@ -96,6 +96,12 @@ def says_it_first(text: str) -> bool:
         return True
 
 
+def refuse(script: str) -> None:
+    """Raises InputError if there are several processes: `script` is for one."""
+    if size() > 1:
+        raise InputError(f"{script}: is for one process; start it with python instead of torchrun")
+
+
 # batches
 
 def part(count: int) -> slice:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from conas.fused import fused
+from conas.fused import Again, fused
 from conas.statistics import Statistics
 from conas.synced import Pool
 
@@ -22,17 +22,18 @@ EPS = 1e-5  # of nn.BatchNorm2d
 
 
 def halfway(z: Tensor, mean: Tensor | None, weight: Tensor, norms: Sequence[nn.BatchNorm2d], statistics: Statistics
-            ) -> Tensor:
-    """relu(BatchNorm(W z)), of the shape of z; weight (K, C, C).
+            ) -> tuple[Tensor, Again | None]:
+    """relu(BatchNorm(W z)), of the shape of z; weight (K, C, C). And, if it is cheap, what computes it again.
 
     By the statistics of the batch, `mean` (K, 1, C) is the mean that has been subtracted from z.
     """
     if not statistics.batch:
         scaled, shift = _running_scale(weight, None, norms)
-        return torch.baddbmm(shift, _rows(z), scaled).relu().view(z.shape)
-    out, variance = fused(_Halfway, z, weight, statistics.pool)
+        return torch.baddbmm(shift, _rows(z), scaled).relu().view(z.shape), None
+    again = None if torch.compiler.is_compiling() else Again(_halfway)  # a compiler decides for itself what to keep
+    out, variance = fused(_Halfway, z, weight, statistics.pool, again)
     statistics.add(norms, mean, weight, variance, z[0].numel() // z.shape[-1])
-    return out
+    return out, again
 
 
 def mix(z: Tensor | None, inner: Tensor | None, mean: Tensor | None, weight: Tensor, p: Tensor, plain: Tensor | None,
@@ -72,8 +73,7 @@ def _products(a: Tensor, b: Tensor) -> Tensor:
 
 def _mean(g: Tensor) -> Tensor:
     """The mean over pixels of g (K, pixels, C), (K, 1, C)."""
-    K, pixels, _ = g.shape
-    return torch.bmm(g.new_full((1, 1, 1), 1 / pixels).expand(K, 1, pixels), g)
+    return g.mean(1, keepdim=True)
 
 
 class _Folded:
@@ -105,26 +105,35 @@ class _Folded:
         return d_weight.transpose(1, 2), d_p, matrix
 
 
+def _halfway(z: Tensor, scaled: Tensor) -> Tensor:
+    return torch.bmm(_rows(z), scaled).relu_().view(z.shape)
+
+
 class _Halfway(torch.autograd.Function):
+    """With `again`, its output is not kept: one product more in the backward pass saves a quarter of the maps."""
+
     @staticmethod
-    def forward(ctx, z, weight, pool):
+    def forward(ctx, z, weight, pool, again):
         rows = _rows(z)
         ctx.folded = folded = _Folded(weight, None, _products(rows, rows), rows.shape[1], pool)
-        out = torch.bmm(rows, folded.scaled).relu_().view(z.shape)
-        ctx.save_for_backward(z, out)
+        out, ctx.again = _halfway(z, folded.scaled), again
+        if again is not None:
+            again.leave(z, folded.scaled)
+        ctx.save_for_backward(z, out if again is None else None)
         ctx.mark_non_differentiable(folded.variance)
+        ctx.set_materialize_grads(False)
         return out, folded.variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _):
-        z, out = ctx.saved_tensors
-        rows = _rows(z)
+        (z, out), folded = ctx.saved_tensors, ctx.folded
+        rows, out = _rows(z), ctx.again.compute(z, folded.scaled, last=True) if out is None else out
         grad = _rows(torch.ops.aten.threshold_backward(grad, out, 0))
-        grad -= ctx.folded.pool.mean(_mean(grad))  # z is centred, so its gradient is
-        d_weight, _, matrix = ctx.folded.backward(_products(rows, grad))
-        d_z = torch.bmm(rows, matrix).baddbmm_(grad, ctx.folded.scaled.transpose(1, 2))
-        return d_z.view(z.shape), d_weight, None
+        grad -= folded.pool.mean(_mean(grad))  # z is centred, so its gradient is
+        d_weight, _, matrix = folded.backward(_products(rows, grad))
+        d_z = torch.bmm(rows, matrix).baddbmm_(grad, folded.scaled.transpose(1, 2))
+        return d_z.view(z.shape), d_weight, None, None
 
 
 class _Mix(torch.autograd.Function):
@@ -136,6 +145,7 @@ class _Mix(torch.autograd.Function):
         sums = _sums(z, inner, folded.scaled, plain, q)
         ctx.save_for_backward(z, inner, plain, q)
         ctx.mark_non_differentiable(folded.variance)
+        ctx.set_materialize_grads(False)
         return *sums, folded.variance
 
     @staticmethod
@@ -147,17 +157,19 @@ class _Mix(torch.autograd.Function):
         if plain is not None:
             flat, maps = grad.view(E, -1), plain.view(len(plain), -1)
             d_plain, d_q = (q.t() @ flat).view(plain.shape), flat @ maps.t()
-        terms = []  # z, its gradient, and the gradient of its sum, for the groups of one operation on all edges
-        d_maps = [None, None]
-        for i, (m, g) in enumerate([(z, grad), (inner, grad_inner)]):
-            if m is not None:
-                d_maps[i] = torch.empty_like(m)
-                g = _rows(g) - folded.pool.mean(_mean(_rows(g)))  # z is centred, so its gradient is
-                terms += [(part, d, g) for part, d in zip(_rows(m).split(E), _rows(d_maps[i]).split(E))]
-        d_weight, d_p, matrix = folded.backward(torch.cat([_products(part, g) for part, _, g in terms]))
-        for (part, d, g), through, scaled in zip(terms, matrix.split(E), folded.scaled.split(E)):
-            torch.bmm(part, through, out=d).baddbmm_(g, scaled.transpose(1, 2))
-        return *d_maps, d_weight, d_p, d_plain, d_q, None
+        # maps z are centred, so their gradient is
+        pairs = [(m, _rows(g) - folded.pool.mean(_mean(_rows(g)))) for m, g in ((z, grad), (inner, grad_inner))
+                 if m is not None]
+        products = [_products(part, g) for m, g in pairs for part in _rows(m).split(E)]
+        d_weight, d_p, matrix = folded.backward(torch.cat(products))
+        back, d_maps = iter(folded.scaled.transpose(1, 2).split(E)), []
+        for (m, g), through in zip(pairs, matrix.split([len(m) for m, _ in pairs])):
+            d = torch.bmm(_rows(m), through)
+            for part in d.split(E):
+                part.baddbmm_(g, next(back))
+            d_maps.append(d.view(m.shape))
+        d_inner = None if inner is None else d_maps.pop()
+        return d_maps.pop() if d_maps else None, d_inner, d_weight, d_p, d_plain, d_q, None
 
 
 def _sums(z, inner, scaled, plain, q):

@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 
 from conas import checkpoint as checkpoints
+from conas import distributed
 from conas.cli import find_device, parse
 from conas.config import KeepOptions
 from conas.draw_recurrent import draw_recurrent
@@ -145,4 +146,5 @@ def finish(run: Run, genotype: Genotype, metrics: list[dict]) -> None:
 def main(folder: Path, network: type[RecurrentSupernet], architect: type[LanguageBilevel], description: str,
          argv: list[str] | None = None) -> None:
     """The command `python train_search.py` of `folder`."""
+    distributed.refuse("rnn/train_search.py")
     search(Space(folder.name, folder, network), architect, *parse(description, SEARCH_GROUPS, argv))

@@ -3,6 +3,7 @@ import time
 from pathlib import Path
 
 from conas import checkpoint as checkpoints
+from conas import distributed
 from conas import recurrent_genotype as genotypes
 from conas.cli import find_device, parse
 from conas.config import ROOT
@@ -61,6 +62,7 @@ def is_pickled(path: Path) -> bool:
 def main(folder: Path, supernet: type[RecurrentSupernet], module, description: str, argv: list[str] | None = None
          ) -> None:
     """The command `python test.py` of `folder`, whose `genotypes.py` is `module`."""
+    distributed.refuse("rnn/test.py")
     (options,) = parse(description, [LanguageTestOptions], argv)
     device = find_device(options.device)
     path = Path(options.model_path or best_checkpoint(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from conas import checkpoint as checkpoints
+from conas import distributed
 from conas import genotype as genotypes
 from conas.cli import find_device, parse
 from conas.config import KeepOptions
@@ -194,4 +195,5 @@ def resume(keeper: Keeper, network: RecurrentNetwork, optimizer: torch.optim.Opt
 
 def main(folder: Path, module, description: str, argv: list[str] | None = None) -> None:
     """The command `python train.py` of `folder`, whose `genotypes.py` is `module`."""
+    distributed.refuse("rnn/train.py")
     train(Space(folder.name, folder), module, *parse(description, TRAIN_GROUPS, argv))

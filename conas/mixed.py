@@ -90,9 +90,9 @@ class MixedEdges:
             return None, None
         kernels = [next(weights) for _ in self.sep]
         z, mean = convolve(rectified, kernels, self.stride, centred=statistics.centred)
-        half = halfway(z, mean, _square(next(weights)), self._layers(self.sep, 3), statistics)
+        half, again = halfway(z, mean, _square(next(weights)), self._layers(self.sep, 3), statistics)
         kernels = [next(weights) for _ in self.sep]
-        return convolve(half, kernels, centred=statistics.centred)
+        return convolve(half, kernels, centred=statistics.centred, again=again)
 
     def _dilated(self, rectified, weights, statistics):
         if not self.dil:

@@ -182,7 +182,7 @@ def test_exact_products_of_a_search(plain, tmp_path):
 
 
 def test_first_order_has_no_exact_product(tmp_path):
-    with pytest.raises(InputError, match="--hvp exact.*--no-unrolled"):
+    with pytest.raises(InputError, match=r"--hvp exact.*--no-unrolled"):
         run_search(tmp_path, "--hvp", "exact", "--no-unrolled")
 
 

@@ -1,0 +1,23 @@
+"""What the benchmark of the search step counts: operator calls and FLOPs."""
+import torch
+from torch.nn.functional import conv2d
+
+from benchmarks.counts import flops, operator_calls
+from benchmarks.search_step import Contestant
+
+
+def test_an_architect_step_calls_a_fraction_of_the_textbooks_operators():
+    calls = {}
+    for name in "textbook", "ours":
+        contestant = Contestant(name, "cnn_space1", 2, 3, 2, image_size=16)
+        contestant.iteration()
+        calls[name] = operator_calls(contestant.works["architect"])
+    assert calls["ours"] <= 0.30 * calls["textbook"], calls
+
+
+def test_depthwise_backward_counts_as_its_three_convolutions():
+    """2 * k*k for each output pixel and channel: once forward, once for each of the two gradients."""
+    x, weight = torch.randn(2, 6, 8, 8, requires_grad=True), torch.randn(6, 1, 3, 3, requires_grad=True)
+    once = 2 * 9 * (2 * 6 * 8 * 8)
+    assert flops(lambda: conv2d(x, weight, padding=1, groups=6)) == once
+    assert flops(lambda: conv2d(x, weight, padding=1, groups=6).sum().backward()) == 3 * once
