@@ -61,4 +61,4 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 
 clean:
-	rm -rf .venv cnn_space*/search-demo cnn_space*/train-demo committee-demo
+	rm -rf .venv rnn/search-demo rnn/train-demo-* committee-demo-language cnn_space*/search-demo cnn_space*/train-demo committee-demo

@@ -175,6 +175,19 @@ def test_hand_made_pickles_are_refused(tmp_path, body, why):
         read_pickled(path)
 
 
+def test_compressed_archives_and_pipes_are_refused(network, darts, tmp_path):
+    path, packed, pipe = tmp_path / "model.pt", tmp_path / "packed.pt", tmp_path / "pipe.pt"
+    torch.save(darts(network), path)
+    with zipfile.ZipFile(path) as source, zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as target:
+        for record in source.infolist():
+            target.writestr(record.filename, source.read(record))
+    with pytest.raises(InputError, match="compressed"):
+        read_pickled(packed)
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match=r"refused.*pipe"):
+        read_pickled(pipe)
+
+
 def test_tensors_stay_within_their_storage(network, darts, tmp_path):
     model = darts(network)
     path = tmp_path / "model.pt"
