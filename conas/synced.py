@@ -1,4 +1,4 @@
-"""BatchNorm by the images of all processes: as if one process had the whole batch.
+"""BatchNorm with exact sums, by the images of this process or of all: as if one process had the whole batch.
 
 For the maps x of one channel on all processes, P pixels in all, with the gradient g of y = (x - mean) / std,
 
@@ -52,13 +52,21 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return _BatchNorm.apply(x, weight, bias, eps, pool)
 
 
+def _mean_product(a: Tensor, b: Tensor) -> Tensor:
+    """The mean over images and pixels of a b for each channel, (C,): by a matrix product, where that is cheap."""
+    if a.shape[1] > 64:
+        return (a * b).mean((0, 2, 3))
+    a, b = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (a, b))
+    return (a.t() @ b).diagonal() / len(a)
+
+
 class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, pool):
         exact = x if x.dtype == torch.float64 else x.float()
-        variance, own_mean = torch.var_mean(exact, (0, 2, 3), correction=0)
-        mean = pool.mean(own_mean)
-        variance = pool.mean(variance + (own_mean - mean).square())  # not of squares: they would cancel
+        mean = pool.mean(exact.mean((0, 2, 3)))
+        centred = exact - mean[:, None, None]
+        variance = pool.mean(_mean_product(centred, centred))
         ctx.save_for_backward(x, weight, mean, variance)
         ctx.eps, ctx.pool = eps, pool
         ctx.mark_non_differentiable(mean, variance)
@@ -69,11 +77,12 @@ class _BatchNorm(torch.autograd.Function):
     def backward(ctx, grad, _mean, _variance):
         x, weight, mean, variance = ctx.saved_tensors
         y = nn.functional.batch_norm(x, mean, variance, None, None, False, 0.0, ctx.eps)
-        d_bias, d_weight = grad.sum((0, 2, 3), dtype=mean.dtype), (grad * y).sum((0, 2, 3), dtype=mean.dtype)
-        pixels = ctx.pool.count(grad.numel() // grad.shape[1])
-        of_g, of_gy = ctx.pool.sum(torch.stack([d_bias, d_weight])).div(pixels).to(grad.dtype)[..., None, None]
+        pixels = grad.numel() // grad.shape[1]
+        d_bias, d_weight = grad.sum((0, 2, 3), dtype=mean.dtype), pixels * _mean_product(grad, y).to(mean.dtype)
+        of_g, of_gy = ctx.pool.sum(torch.stack([d_bias, d_weight])).div(ctx.pool.count(pixels))
         scale = (variance + ctx.eps).rsqrt() if weight is None else (variance + ctx.eps).rsqrt() * weight
-        d_x = (grad - of_g - y * of_gy) * scale.to(grad.dtype)[:, None, None]
+        scale, shift, slope = (t.to(grad.dtype)[:, None, None] for t in (scale, -scale * of_g, -scale * of_gy))
+        d_x = torch.addcmul(shift, y, slope).addcmul_(grad, scale)
         affine = weight is not None
         return d_x, d_weight if affine else None, d_bias if affine else None, None, None
 
