@@ -20,7 +20,7 @@ def hypergradient(name: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
 
 
 def test_float32_is_as_near_to_float64_as_the_textbook():
-    """Kinks of ReLU and max pooling amplify rounding now and then, so that it takes many batches to see a difference."""
+    """Kinks of ReLU and max pooling amplify rounding now and then, so it takes many batches to see a difference."""
     errors = {"textbook": [], "ours": []}
     for seed in range(BATCHES):
         exact = hypergradient("ours", torch.float64, seed)
