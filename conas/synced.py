@@ -70,13 +70,14 @@ class _BatchNorm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, mean, variance)
         ctx.eps, ctx.pool = eps, pool
         ctx.mark_non_differentiable(mean, variance)
-        return nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps), mean, variance
+        y = nn.functional.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), weight, bias, False, 0.0, eps)
+        return y, mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _mean, _variance):
         x, weight, mean, variance = ctx.saved_tensors
-        y = nn.functional.batch_norm(x, mean, variance, None, None, False, 0.0, ctx.eps)
+        y = nn.functional.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), None, None, False, 0.0, ctx.eps)
         pixels = grad.numel() // grad.shape[1]
         d_bias, d_weight = grad.sum((0, 2, 3), dtype=mean.dtype), pixels * _mean_product(grad, y).to(mean.dtype)
         of_g, of_gy = ctx.pool.sum(torch.stack([d_bias, d_weight])).div(ctx.pool.count(pixels))

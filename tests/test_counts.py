@@ -12,7 +12,7 @@ def test_an_architect_step_calls_a_fraction_of_the_textbooks_operators():
         contestant = Contestant(name, "cnn_space1", 2, 3, 2, image_size=16)
         contestant.iteration()
         calls[name] = operator_calls(contestant.works["architect"])
-    assert calls["ours"] <= 0.30 * calls["textbook"], calls
+    assert calls["ours"] <= 0.40 * calls["textbook"], calls
 
 
 def test_depthwise_backward_counts_as_its_three_convolutions():
