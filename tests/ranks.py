@@ -32,6 +32,10 @@ from conas.supernet import Supernet
 XI = 0.1
 STEPS = {16: 3, 15: 1}  # by size of batch; 15 images are 8 and 7
 SMALL = ["--dataset", "digits", "--subset", "100", "--init_channels", "2", "--layers", "3", "--epochs", "2"]
+# Adam's first step moves an alpha by the rate whatever its gradient is, so that one rounded to the other side of zero
+# would set two float32 searches apart; the alphas' own steps are compared in float64
+ALPHAS = ["--batch_size", "17", "--arch_learning_rate", "1e-6"]
+SEARCH = [*SMALL, "--sync_bn", *ALPHAS]
 RECIPE = RecipeOptions(grad_clip=1.0, label_smooth=0.1)
 
 
@@ -136,7 +140,7 @@ def agreement() -> dict[str, str]:
 def scripts(root: Path, save: str) -> dict[str, list[dict]]:
     """A search and a training with the results of one process in any number, in the spaces of `root`. Their metrics."""
     folder, flags = root / "cnn_space1", [*SMALL, "--save", save, "--sync_bn"]
-    conas.search.main(folder, Network, Architect, "", argv=[*flags, "--batch_size", "17"])
+    conas.search.main(folder, Network, Architect, "", argv=[*SEARCH, "--save", save])
     # the learning rate of one process, from half of it
     rate = str(0.025 / distributed.size())
     train.main(folder, genotypes, "", argv=[*flags, "--batch_size", "15", "--arch", "DARTS", "--auxiliary",
@@ -178,7 +182,7 @@ def errors(root: Path) -> list[str]:
 
     return [search("--save", "small", "--batch_size", "7"),  # 50 images end in a batch of one
             search("--save", "mixed", "--batch_size", "25", "--seed", str(distributed.rank())),
-            search("--save", "one", "--batch_size", "17")]
+            search("--save", "one", *ALPHAS)]
 
 
 def forbidden(*_) -> None:

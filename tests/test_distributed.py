@@ -228,8 +228,7 @@ def test_tests_have_the_scores_of_one_process(root, both):
 
 # losing and changing processes
 
-SEARCH = ["train_search.py", *ranks.SMALL, "--save", "chain", "--sync_bn", "--batch_size", "17", "--checkpoint_minutes",
-          "0"]
+SEARCH = ["train_search.py", *ranks.SEARCH, "--save", "chain", "--checkpoint_minutes", "0"]
 
 
 def start(root: Path, size: int) -> list[subprocess.Popen]:

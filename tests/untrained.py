@@ -30,7 +30,8 @@ def write_runs(root: Path, dataset: str, data: str, image_size: int | None, subs
             with torch.no_grad():
                 for alphas in network.alphas().values():
                     alphas.normal_()
-                # least squares for the classifier makes answers that are better than chance
+                # least squares for the classifier makes answers that are better than chance; a ridge keeps its weights
+                # small, since with some thousand they would amplify the rounding of the features
                 D = network.classifier.in_features
                 # the same network, but with its features for logits
                 probe = space.network(2, D, 3, images.info.channels)
@@ -38,7 +39,9 @@ def write_runs(root: Path, dataset: str, data: str, image_size: int | None, subs
                                                               "classifier.bias": torch.zeros(D)})
                 features = probe.eval()(x)
                 target = torch.nn.functional.one_hot(y, images.info.num_classes).float() * 4
-                network.classifier.weight.copy_(torch.linalg.lstsq(features, target).solution.T)
+                products = features.T @ features
+                ridge = 1e-4 * products.diagonal().mean() * torch.eye(D)
+                network.classifier.weight.copy_(torch.linalg.solve(products + ridge, features.T @ target).T)
                 network.classifier.bias.zero_()
             checkpoint = checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about,
                                               arguments=arguments)
