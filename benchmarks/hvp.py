@@ -18,8 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d, silu
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.machine import machine, write
-from benchmarks.train_step import spread
+from benchmarks.machine import machine, spread, write
 from cnn_space1.architect import Architect
 from cnn_space1.model_search import Network
 from conas.config import ROOT

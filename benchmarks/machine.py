@@ -1,12 +1,28 @@
-"""What every result says of where it was measured, and where it is written."""
+"""What every result says of where it was measured, how measurements are summed up, and where results are written."""
 import os
 import platform
+import statistics
 from pathlib import Path
 
 import torch
 
-from benchmarks.train_step import RESULTS, processor
 from conas.files import write_json
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """The median and the quartiles of measurements."""
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return {"median": median, "quartiles": [low, high]}
+
+
+def processor() -> str:
+    """The name of the CPU, where the system tells."""
+    path = Path("/proc/cpuinfo")
+    lines = path.read_text().splitlines() if path.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
 
 
 def machine(device: torch.device) -> dict:

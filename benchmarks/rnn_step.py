@@ -11,9 +11,6 @@ with one thread on a CPU, else of elapsed time. Prints medians with the quartile
 benchmarks/results/rnn_step-DEVICE.json.
 """
 import argparse
-import json
-import os
-import platform
 import time
 from collections.abc import Callable
 
@@ -21,7 +18,7 @@ import torch
 from torch import nn
 
 from benchmarks import textbook_rnn
-from benchmarks.train_step import RESULTS, processor, spread
+from benchmarks.machine import machine, spread, write
 from conas.cli import find_device
 from conas.language import draw_masks, weight_step
 from conas.language_options import DropoutOptions
@@ -159,14 +156,8 @@ def main() -> None:
         print(f"{task:6}  {result[task]['textbook_over_ours']['median']:.2f} times as fast as the textbook (quartiles "
               f"{low:.2f} to {high:.2f}, n = {options.rounds}); {milliseconds['ours']:.0f} ms against "
               f"{milliseconds['textbook']:.0f} ms", flush=True)
-    result |= {"n": options.rounds, "options": vars(options), "clock": clock.__name__,
-               "machine": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-                           "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-               "versions": {"python": platform.python_version(), "torch": torch.__version__}}
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"rnn_step-{device.type}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {path}")
+    result |= {"n": options.rounds, "options": vars(options), "clock": clock.__name__} | machine(device)
+    print(f"written: {write(f'rnn_step-{device.type}', result)}")
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from benchmarks.train_step import processor
+from benchmarks.machine import processor
 from cnn_space1.architect import Architect
 from cnn_space1.model_search import Network
 from conas import distributed

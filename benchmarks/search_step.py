@@ -16,8 +16,6 @@ benchmarks/results/search_step-DEVICE.json, which keeps the last result of every
 import argparse
 import json
 import math
-import os
-import platform
 import time
 from collections.abc import Callable
 from importlib import import_module
@@ -26,8 +24,8 @@ import torch
 
 from benchmarks import textbook
 from benchmarks.counts import ROOT, flops, matmul_peak, memory_in_child, operator_calls, peak_memory
+from benchmarks.machine import RESULTS, machine, spread, write
 from benchmarks.search_step_figure import draw
-from benchmarks.train_step import RESULTS, processor, spread
 from conas.cli import find_device
 from conas.config import WeightOptions
 from conas.memory import keep_freed_memory
@@ -196,14 +194,6 @@ def report(result: dict) -> str:
     return "\n".join(f"  {line}" for line in lines)
 
 
-def machine(device: torch.device) -> dict:
-    cuda = device.type == "cuda"
-    return {"device": torch.cuda.get_device_name(device) if cuda else processor(), "cores": os.cpu_count(),
-            "gpu": None if torch.cuda.is_available() else "none was at hand",
-            "python": platform.python_version(), "torch": torch.__version__,
-            "cuda": torch.version.cuda if cuda else None}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 64])
@@ -230,8 +220,8 @@ def main() -> None:
 
     path = RESULTS / f"search_step-{device.type}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}, "growth": {}}
-    about = {"machine": machine(device), "threads": options.threads, "rounds": options.rounds,
-             "freed_memory_kept": kept}
+    about = machine(device) | {"gpu": None if torch.cuda.is_available() else "none was at hand",
+                               "rounds": options.rounds, "freed_memory_kept": kept}
     for space in options.spaces:
         distance = disagreement(space, device)
         print(f"{space}: hypergradients agree to {distance:.1e} in float64", flush=True)
@@ -249,8 +239,7 @@ def main() -> None:
                          f"{'' if kept else ', malloc as it comes'}")
                 results["settings"][title] = about | sizes | compare(sizes, options.rounds, device, kept)
                 print(f"{title}\n{report(results['settings'][title])}", flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write(path.stem, results)
     print(f"written: {path.relative_to(ROOT)}, {draw(results).relative_to(ROOT)}")
 
 

@@ -10,13 +10,8 @@ they take turns in one process, and each round gives one ratio. Prints medians w
 benchmarks/results/train_step-DEVICE.json.
 """
 import argparse
-import json
-import os
-import platform
-import statistics
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -25,6 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from benchmarks.machine import machine, spread, write
 from conas.cli import find_device
 from conas.config import RecipeOptions
 from conas.data import DATASETS, DataInfo, ImageSet
@@ -36,7 +32,6 @@ from conas.speed import find_precision
 from conas.streams import Stream
 from conas.train import train_step
 
-RESULTS = Path(__file__).resolve().parent / "results"
 AUXILIARY_WEIGHT, DROP_PATH, CUTOUT = 0.4, 0.2, 16
 RECIPE = RecipeOptions(learning_rate=0.025, weight_decay=3e-4, label_smooth=0.0)
 INFO: DataInfo = DATASETS["cifar10"]
@@ -151,19 +146,6 @@ def seconds(loop: Iterator[None], steps: int, wait: Callable[[], None]) -> float
     return time.perf_counter() - began
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
-    return {"median": median, "quartiles": [low, high]}
-
-
-def processor() -> str:
-    """The name of the CPU, where the system tells."""
-    path = Path("/proc/cpuinfo")
-    lines = path.read_text().splitlines() if path.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("init_channels", 8), ("layers", 8), ("batch_size", 96), ("steps", 12), ("rounds", 9),
@@ -196,21 +178,14 @@ def main() -> None:
         "ours_over_bare": spread([b / o for o, b in zip(taken["ours"], taken["bare"])]),
         "images_per_second": {name: spread([size / s for s in values]) for name, values in taken.items()},
         "n": options.rounds, "options": vars(options), "bfloat16": amp,
-        "machine": {"device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
-                    "cores": os.cpu_count(), "threads": torch.get_num_threads()},
-        "versions": {"python": platform.python_version(), "torch": torch.__version__,
-                     "cuda": torch.version.cuda if device.type == "cuda" else None},
-    }
+    } | machine(device)
     for name, of in (("ours_over_textbook", "speed of ours over the textbook loop"),
                      ("ours_over_bare", "speed of ours over bare passes")):
         low, high = result[name]["quartiles"]
         print(f"{of}: {result[name]['median']:.3f} (quartiles {low:.3f} to {high:.3f}, n = {options.rounds})")
     for name, value in result["images_per_second"].items():
         print(f"{name}: {value['median']:.1f} images per second")
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"train_step-{device.type}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    print(f"written: {path}")
+    print(f"written: {write(f'train_step-{device.type}', result)}")
 
 
 if __name__ == "__main__":
