@@ -32,17 +32,25 @@ class Genotype(NamedTuple):
     reduce_concat: Sequence[int]
 
 
-def derive_cell(alphas: Tensor, primitives: Sequence[str]) -> list[Edge]:
-    """The two strongest incoming edges of every node, from alphas of shape (EDGES, len(primitives)).
+def strongest(alphas: Tensor, primitives: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Of every edge its best operation other than `none`, in softmax probability: that, and its index, (E,) each.
 
-    An edge is as strong as its best operation other than `none`, in softmax probability (DARTS, section 2.4).
-    Ties go to the earlier edge and the earlier operation. Both edges of a node have distinct sources, since
-    there is one edge for each source.
+    Of equal ones the first (DARTS, section 2.4). Alphas are (E, len(primitives)).
     """
     strength = torch.softmax(alphas.detach().double().cpu(), dim=-1)
     if "none" in primitives:
         strength[:, list(primitives).index("none")] = -1
     best, operation = strength.max(dim=-1)
+    return best, operation
+
+
+def derive_cell(alphas: Tensor, primitives: Sequence[str]) -> list[Edge]:
+    """The two strongest incoming edges of every node, from alphas of shape (EDGES, len(primitives)).
+
+    An edge is as strong as `strongest` says. Ties go to the earlier edge and the earlier operation. Both edges of a
+    node have distinct sources, since there is one edge for each source.
+    """
+    best, operation = strongest(alphas, primitives)
     cell, start = [], 0
     for node in range(NODES):
         edges = range(start, start + 2 + node)

@@ -89,14 +89,24 @@ class Keeper:
             self.run.log(f"warning: {self.path} {reason}; the run goes on from the state before, {self.before}")
             return state
 
-    @contextmanager
-    def restoring(self) -> Iterator[None]:
-        """Inside, a state that does not fit the run raises InputError."""
+    def resume(self, about: dict, put: Callable[[dict], None]) -> tuple[list[dict], dict | None]:
+        """Go on from the last whole state of the run: `put` puts it into networks and optimizers.
+
+        Returns the metrics of the epochs that are done, and the state if it is within another. Raises InputError as
+        `load` does, and for a state that does not fit the run.
+        """
+        state = self.load(about)
+        if state is None:
+            return [], None
         try:
-            yield
+            put(state)
+            _set_generators(state["random"])  # at last: building networks draws from them
+            metrics, course = _check_progress(state)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise InputError(f"{self.path}: is whole, but does not fit this run; delete it to begin the run again, or "
                              "copy a good one here") from error
+        self.run.write_metrics(metrics)
+        return metrics, state if course else None
 
     def save(self, state: dict) -> None:
         """Write a state; the one before is kept. Raises OSError, with both earlier ones intact, if it cannot."""
@@ -150,7 +160,7 @@ def _with_fields(path, state: dict) -> dict:
     return state
 
 
-def check_progress(state: dict) -> tuple[list[dict], dict | None]:
+def _check_progress(state: dict) -> tuple[list[dict], dict | None]:
     """The metrics of a state, by epoch, and its course. Raises ValueError, or what wrong types lead to."""
     metrics, course = state["metrics"], state["course"]
     if [row["epoch"] for row in metrics] != list(range(len(metrics))):
@@ -181,7 +191,7 @@ def seed_generators(seed: int) -> None:
     random.seed(seed)
 
 
-def set_generators(states: dict) -> None:
+def _set_generators(states: dict) -> None:
     """Put all random generators where they were when a state's `random` was written."""
     torch.set_rng_state(states["torch"])
     version, words, gauss = states["python"]

@@ -9,7 +9,7 @@ from conas import distributed
 from conas.cli import find_device, parse
 from conas.config import KeepOptions
 from conas.draw_recurrent import draw_recurrent
-from conas.keeper import Keeper, check_progress, seed_generators, set_generators
+from conas.keeper import Keeper, seed_generators
 from conas.language import (
     LanguageBilevel,
     Reader,
@@ -118,21 +118,13 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
 
 def resume(keeper: Keeper, network: RecurrentSupernet, optimizer: torch.optim.Optimizer, architect: LanguageBilevel,
            about: dict) -> tuple[list[dict], dict | None]:
-    """Put the run's last state into the network and the optimizers.
-
-    Returns the metrics of the epochs that are done, and the state within the one that is not, if there is one.
-    """
-    state = keeper.load(about)
-    if state is None:
-        return [], None
-    with keeper.restoring():
+    """Put the run's last state into the network and the optimizers; returns what `Keeper.resume` does."""
+    def put(state: dict) -> None:
         network.load_state_dict(restore(keeper.path, state, type(network)).state_dict())
         optimizer.load_state_dict(state["optimizer"])
         architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-        set_generators(state["random"])  # at last: building networks draws from them
-        metrics, course = check_progress(state)
-    keeper.run.write_metrics(metrics)
-    return metrics, state if course else None
+
+    return keeper.resume(about, put)
 
 
 def finish(run: Run, genotype: Genotype, metrics: list[dict]) -> None:

@@ -13,7 +13,7 @@ from conas import genotype as genotypes
 from conas.cli import find_device, parse
 from conas.config import KeepOptions
 from conas.errors import InputError
-from conas.keeper import Keeper, check_progress, seed_generators, set_generators
+from conas.keeper import Keeper, seed_generators
 from conas.language import Reader, Schedule, TextCourse, evaluate, perplexity, validation_text, weight_step
 from conas.language_files import choose_cell, named_genotypes, restore
 from conas.language_options import (
@@ -174,23 +174,21 @@ def resume(keeper: Keeper, network: RecurrentNetwork, optimizer: torch.optim.Opt
            ) -> tuple[list[dict], dict | None, Average | None]:
     """Put the run's last state into network and optimizer.
 
-    Returns the metrics of the epochs that are done, the state within the one that is not, if there is one, and the
-    average of the weights, if it has begun.
+    Returns what `Keeper.resume` does, and the average of the weights, if it has begun.
     """
-    state = keeper.load(about)
-    if state is None:
-        return [], None, None
-    if state["genotype"] != genotypes.to_json(network.genotype()):
-        raise InputError(f"{keeper.path}: this run began with another cell than the one it would train now; restore "
-                         "that, or give --save another name")
-    with keeper.restoring():
+    average = None
+
+    def put(state: dict) -> None:
+        nonlocal average
+        if state["genotype"] != genotypes.to_json(network.genotype()):
+            raise InputError(f"{keeper.path}: this run began with another cell than the one it would train now; "
+                             "restore that, or give --save another name")
         network.load_state_dict(restore(keeper.path, state).state_dict())
         optimizer.load_state_dict(state["optimizer"])
         average = Average(network, state["average"]) if state["average"] else None
-        set_generators(state["random"])  # at last: building networks draws from them
-        metrics, course = check_progress(state)
-    keeper.run.write_metrics(metrics)
-    return metrics, state if course else None, average
+
+    metrics, unfinished = keeper.resume(about, put)
+    return metrics, unfinished, average
 
 
 def main(folder: Path, module, description: str, argv: list[str] | None = None) -> None:

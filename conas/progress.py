@@ -75,7 +75,8 @@ class Course:
                 f"training images {', '.join(map(str, images[:8]))}{', ...' if len(images) > 8 else ''}; what was kept "
                 "before it is intact. --on_nan skip goes on without such batches; a lower --learning_rate or "
                 "--grad_clip under another --save name may help")
-        self._bar.set_postfix_str(f"loss {self.loss:.3f}, top-1 {self.top1:.1f} %, {self.rate:.0f} images/s")
+        self._bar.set_postfix_str(f"loss {self.loss:.3f}, top-1 {self.top1:.1f} %, {self.rate:.0f} images/s",
+                                  refresh=False)
 
     def state(self) -> dict:
         """What a later Course needs to go on after the steps that were added. Raises as a look does."""

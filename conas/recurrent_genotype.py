@@ -13,7 +13,7 @@ from torch import Tensor
 
 from conas.errors import InputError
 from conas.files import read_json
-from conas.genotype import is_edge, is_index
+from conas.genotype import is_edge, is_index, strongest
 
 STEPS = 8
 EDGES = STEPS * (STEPS + 1) // 2  # 36: every step may follow any earlier state
@@ -30,13 +30,9 @@ class Genotype(NamedTuple):
 def derive(alphas: Tensor, primitives: Sequence[str]) -> Genotype:
     """The strongest edge of every step, from alphas of shape (EDGES, len(primitives)).
 
-    An edge is as strong as its best activation other than `none`, in softmax probability. Ties go to the earlier state
-    and the earlier activation.
+    An edge is as strong as `strongest` says. Ties go to the earlier state and the earlier activation.
     """
-    strength = torch.softmax(alphas.detach().double().cpu(), dim=-1)
-    if "none" in primitives:
-        strength[:, list(primitives).index("none")] = -1
-    best, activation = strength.max(dim=-1)
+    best, activation = strongest(alphas, primitives)
     recurrent, start = [], 0
     for step in range(STEPS):
         edge = max(range(start, start + step + 1), key=best.__getitem__)

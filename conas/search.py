@@ -29,7 +29,7 @@ from conas.errors import InputError
 from conas.evaluate import validate
 from conas.files import write_json
 from conas.graphs import Replayed, graph_fits, on_device
-from conas.keeper import Keeper, check_progress, seed_generators, set_generators
+from conas.keeper import Keeper, seed_generators
 from conas.memory import keep_freed_memory
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, folder_name
@@ -103,7 +103,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     folder = space.search_folder(folder_name(options.save))
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
         board = Board(folder) if options.tensorboard and distributed.rank() == 0 else None
-        metrics, begun = resume(keeper, space, network, optimizer, architect, about)
+        metrics, unfinished = resume(keeper, space, network, optimizer, architect, about)
+        begun = unfinished and unfinished["course"]
         start = len(metrics)
         if start == weights.epochs:
             if not (folder / "cells" / "reduce.png").exists():  # it was killed before its last picture
@@ -192,21 +193,13 @@ def write_epoch(keeper: Keeper, state: dict) -> None:
 
 def resume(keeper: Keeper, space: Space, network: nn.Module, optimizer: torch.optim.Optimizer, architect: Bilevel,
            about: dict) -> tuple[list[dict], dict | None]:
-    """Put the run's last state into the network and the optimizers.
-
-    Returns the metrics of the epochs that are done, and the state of the course of the one that is not.
-    """
-    state = keeper.load(about)
-    if state is None:
-        return [], None
-    with keeper.restoring():
+    """Put the run's last state into the network and the optimizers; returns what `Keeper.resume` does."""
+    def put(state: dict) -> None:
         network.load_state_dict(checkpoints.restore(keeper.path, state, space.name, space.network).state_dict())
         optimizer.load_state_dict(state["optimizer"])
         architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
-        set_generators(state["random"])  # at last: building networks draws from them
-        metrics, course = check_progress(state)
-    keeper.run.write_metrics(metrics)
-    return metrics, course
+
+    return keeper.resume(about, put)
 
 
 def finish(run: Run, genotype: genotypes.Genotype, metrics: list[dict]) -> None:

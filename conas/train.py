@@ -24,7 +24,7 @@ from conas.data import load
 from conas.errors import InputError
 from conas.evaluate import validate
 from conas.genotype import Genotype
-from conas.keeper import Keeper, check_progress, seed_generators, set_generators
+from conas.keeper import Keeper, seed_generators
 from conas.networks import DerivedNetwork, count_parameters
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, best_checkpoint, folder_name
@@ -81,7 +81,8 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     origin_of_weights += arch.seen_before(origin, about)
     with Run(space.train_folder(folder_name(options.save)), arguments) as run, \
             Keeper(run, keep.checkpoint_minutes) as keeper:
-        metrics, begun = resume(keeper, network, optimizer, about)
+        metrics, unfinished = resume(keeper, network, optimizer, about)
+        begun = unfinished and unfinished["course"]
         start = len(metrics)
         if is_finished(metrics, recipe.epochs, held_out.patience):
             run.log(f"{run.folder}: this training is finished; --save NAME starts another")
@@ -212,23 +213,15 @@ def write_epoch(keeper: Keeper, state: dict, lasting: bool) -> None:
 
 def resume(keeper: Keeper, network: DerivedNetwork, optimizer: torch.optim.Optimizer, about: dict
            ) -> tuple[list[dict], dict | None]:
-    """Put the run's last state into network and optimizer.
-
-    Returns the metrics of the epochs that are done, and the state of the course of the one that is not.
-    """
-    state = keeper.load(about)
-    if state is None:
-        return [], None
-    if state["genotype"] != genotypes.to_json(network.genotype()):
-        raise InputError(f"{keeper.path}: this run began with other cells than those it would train now; restore them, "
-                         "or give --save another name")
-    with keeper.restoring():
+    """Put the run's last state into network and optimizer; returns what `Keeper.resume` does."""
+    def put(state: dict) -> None:
+        if state["genotype"] != genotypes.to_json(network.genotype()):
+            raise InputError(f"{keeper.path}: this run began with other cells than those it would train now; restore "
+                             "them, or give --save another name")
         network.load_state_dict(checkpoints.restore_derived(keeper.path, state).state_dict())
         optimizer.load_state_dict(state["optimizer"])
-        set_generators(state["random"])  # at last: building networks draws from them
-        metrics, course = check_progress(state)
-    keeper.run.write_metrics(metrics)
-    return metrics, course
+
+    return keeper.resume(about, put)
 
 
 def main(folder: Path, module, description: str, default: str | None = None, argv: list[str] | None = None) -> None:
