@@ -8,7 +8,7 @@ to the order of the sums:
 * the gradient of a kernel wider than three columns is put together from those of three columns each;
 * a convolution of dilation 2 is a plain one on `phases`, since it never mixes odd and even rows or columns.
 """
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import torch
@@ -48,6 +48,15 @@ def convolve(x: Tensor, weights: Sequence[Tensor], stride: int = 1, dilation: in
     right if that of z has mean zero.
     """
     return fused(_Convolve, x, stride, dilation, centred, again, *weights)
+
+
+def blockwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Iterator[Tensor]:
+    """`convolve` with one weight, in blocks (B, N, H', W', C) of as many groups as are convolved at once."""
+    C = x.shape[-1]
+    blocks = _blocks(x, len(weight) // C, _is_small(x))
+    for block, kernel in zip(blocks, weight.chunk(len(blocks))):
+        z = _convolution(block, kernel, stride, dilation)
+        yield z.permute(0, 2, 3, 1).unflatten(3, (-1, C)).permute(3, 0, 1, 2, 4)
 
 
 class _Convolve(torch.autograd.Function):

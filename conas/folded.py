@@ -21,47 +21,44 @@ from conas.synced import Pool
 EPS = 1e-5  # of nn.BatchNorm2d
 
 
-def halfway(z: Tensor, mean: Tensor | None, weight: Tensor, norms: Sequence[nn.BatchNorm2d], statistics: Statistics
+def halfway(z: Tensor, mean: Tensor, weight: Tensor, norms: Sequence[nn.BatchNorm2d], statistics: Statistics
             ) -> tuple[Tensor, Again | None]:
     """relu(BatchNorm(W z)), of the shape of z; weight (K, C, C). And, if it is cheap, what computes it again.
 
-    By the statistics of the batch, `mean` (K, 1, C) is the mean that has been subtracted from z.
+    `mean` (K, 1, C) is the mean that has been subtracted from z.
     """
-    if not statistics.batch:
-        scaled, shift = _running_scale(weight, None, norms)
-        return torch.baddbmm(shift, _rows(z), scaled).relu().view(z.shape), None
     again = None if torch.compiler.is_compiling() else Again(_halfway)  # a compiler decides for itself what to keep
     out, variance = fused(_Halfway, z, weight, statistics.pool, again)
     statistics.add(norms, mean, weight, variance, z[0].numel() // z.shape[-1])
     return out, again
 
 
-def mix(z: Tensor | None, inner: Tensor | None, mean: Tensor | None, weight: Tensor, p: Tensor, plain: Tensor | None,
+def mix(z: Tensor | None, inner: Tensor | None, mean: Tensor, weight: Tensor, p: Tensor, plain: Tensor | None,
         q: Tensor, norms: Sequence[nn.BatchNorm2d], statistics: Statistics) -> tuple[Tensor | None, Tensor | None]:
     """For each of E edges the sum of p BatchNorm(W z) over its groups; group k is of edge k % E.
 
     z and inner have groups of their own, in this order in weight (K, C, C), p (K,) and mean (K, 1, C), and a sum of
     their own, (E, N, H, W, C). The sum of z includes sum_m q[:, m] plain[m], with plain (M, N, H, W, C) and q (E, M).
     """
-    if not statistics.batch:
-        scaled, shift = _running_scale(weight, p, norms)
-        out, inner = _sums(z, inner, scaled, plain, q)
-        shift = shift.view(-1, len(q), 1, 1, 1, shift.shape[-1]).sum(0)
-        return (None, inner + shift) if out is None else (out + shift, inner)
     out, inner, variance = fused(_Mix, z, inner, weight, p, plain, q, statistics.pool)
     pixels = (out if inner is None else inner)[0].numel() // weight.shape[-1]
     statistics.add(norms, mean, weight, variance, pixels)
     return out, inner
 
 
-def _running_scale(weight, p, norms):
-    """`scaled` (K, C in, C out) and `shift` (K, 1, C) with p BatchNorm(W z) = z scaled + shift."""
+def running_scale(weight: Tensor | None, p: Tensor | None, norms: Sequence[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
+    """`scaled` (K, C in, C out) and `shift` (K, 1, C) with p BatchNorm(W z) = z scaled + shift, by running statistics.
+
+    Without a weight, W is the identity, and its scale of each channel is (K, 1, C).
+    """
     mean, variance = Statistics.running(norms)
     scale = (variance + EPS).rsqrt() if p is None else (variance + EPS).rsqrt() * p[:, None, None]
+    if weight is None:
+        return scale, -scale * mean
     return (scale * weight.transpose(1, 2)).to(weight.dtype), (-scale * mean).to(weight.dtype)
 
 
-def _rows(z: Tensor) -> Tensor:
+def in_rows(z: Tensor) -> Tensor:
     """(K, N, H, W, C) -> (K, pixels, C)."""
     return z.reshape(z.shape[0], -1, z.shape[-1])
 
@@ -106,7 +103,7 @@ class _Folded:
 
 
 def _halfway(z: Tensor, scaled: Tensor) -> Tensor:
-    return torch.bmm(_rows(z), scaled).relu_().view(z.shape)
+    return torch.bmm(in_rows(z), scaled).relu_().view(z.shape)
 
 
 class _Halfway(torch.autograd.Function):
@@ -114,7 +111,7 @@ class _Halfway(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, z, weight, pool, again):
-        rows = _rows(z)
+        rows = in_rows(z)
         ctx.folded = folded = _Folded(weight, None, _products(rows, rows), rows.shape[1], pool)
         out, ctx.again = _halfway(z, folded.scaled), again
         if again is not None:
@@ -128,8 +125,8 @@ class _Halfway(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad, _):
         (z, out), folded = ctx.saved_tensors, ctx.folded
-        rows, out = _rows(z), ctx.again.compute(z, folded.scaled, last=True) if out is None else out
-        grad = _rows(torch.ops.aten.threshold_backward(grad, out, 0))
+        rows, out = in_rows(z), ctx.again.compute(z, folded.scaled, last=True) if out is None else out
+        grad = in_rows(torch.ops.aten.threshold_backward(grad, out, 0))
         grad -= folded.pool.mean(_mean(grad))  # z is centred, so its gradient is
         d_weight, _, matrix = folded.backward(_products(rows, grad))
         d_z = torch.bmm(rows, matrix).baddbmm_(grad, folded.scaled.transpose(1, 2))
@@ -139,7 +136,7 @@ class _Halfway(torch.autograd.Function):
 class _Mix(torch.autograd.Function):
     @staticmethod
     def forward(ctx, z, inner, weight, p, plain, q, pool):
-        rows = [_rows(m) for m in (z, inner) if m is not None]
+        rows = [in_rows(m) for m in (z, inner) if m is not None]
         products = torch.cat([_products(m, m) for m in rows])
         ctx.folded = folded = _Folded(weight, p, products, rows[0].shape[1], pool)
         sums = _sums(z, inner, folded.scaled, plain, q)
@@ -158,13 +155,13 @@ class _Mix(torch.autograd.Function):
             flat, maps = grad.view(E, -1), plain.view(len(plain), -1)
             d_plain, d_q = (q.t() @ flat).view(plain.shape), flat @ maps.t()
         # maps z are centred, so their gradient is
-        pairs = [(m, _rows(g) - folded.pool.mean(_mean(_rows(g)))) for m, g in ((z, grad), (inner, grad_inner))
+        pairs = [(m, in_rows(g) - folded.pool.mean(_mean(in_rows(g)))) for m, g in ((z, grad), (inner, grad_inner))
                  if m is not None]
-        products = [_products(part, g) for m, g in pairs for part in _rows(m).split(E)]
+        products = [_products(part, g) for m, g in pairs for part in in_rows(m).split(E)]
         d_weight, d_p, matrix = folded.backward(torch.cat(products))
         back, d_maps = iter(folded.scaled.transpose(1, 2).split(E)), []
         for (m, g), through in zip(pairs, matrix.split([len(m) for m, _ in pairs])):
-            d = torch.bmm(_rows(m), through)
+            d = torch.bmm(in_rows(m), through)
             for part in d.split(E):
                 part.baddbmm_(g, next(back))
             d_maps.append(d.view(m.shape))
@@ -177,7 +174,7 @@ def _sums(z, inner, scaled, plain, q):
     if plain is not None:
         out = (q @ plain.view(len(plain), -1)).view(len(q), -1, plain.shape[-1])
     for m in (z, inner):
-        for part in () if m is None else _rows(m).split(len(q)):
+        for part in () if m is None else in_rows(m).split(len(q)):
             out = torch.bmm(part, next(scaled)) if out is None else out.baddbmm_(part, next(scaled))
         like = plain if m is None else m
         sums.append(None if out is None else out.view(len(q), *like.shape[1:]))

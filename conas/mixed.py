@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, conv2d, max_pool2d, pad
 
-from conas.depthwise import convolve, phases
-from conas.folded import halfway, mix
+from conas.depthwise import blockwise, convolve, phases
+from conas.folded import halfway, in_rows, mix, running_scale
 from conas.statistics import Statistics
 
 POOLS = {"max_pool_3x3": lambda x, stride: max_pool2d(x, 3, stride, 1),
@@ -56,13 +56,12 @@ class MixedEdges:
             layers += [[op.get_submodule(layer) for op in self.ops[name]] for layer in names]
         return [[layer.weight for layer in pack] for pack in layers]
 
-    def shares(self, probabilities: Tensor, statistics: Statistics) -> tuple[Tensor | None, Tensor]:
+    def shares(self, probabilities: Tensor) -> tuple[Tensor | None, Tensor]:
         """p (kinds*S*E,) and q (E, M) of `mix`, from the edges' probabilities (S*E, P)."""
         column = dict(zip(self.primitives, probabilities.unbind(1)))
         convolutions = [column[name] for name in self.sep + self.dil]
         # a map that all edges out of a state share has one column for each state, one of its own for each edge
-        shared = self.pools + self.skip if statistics.batch else self.skip
-        q = [column[name].view(self.S, self.E).t() if name in shared else
+        q = [column[name].view(self.S, self.E).t() if name not in self.own else
              torch.diag_embed(column[name].view(self.S, self.E)).transpose(0, 1).flatten(1)
              for name in self.pools + self.skip + self.own]
         return (torch.cat(convolutions) if convolutions else None,
@@ -71,15 +70,16 @@ class MixedEdges:
     def __call__(self, x: Tensor, p: Tensor | None, q: Tensor, weights: Iterator[Tensor], statistics: Statistics
                  ) -> tuple[Tensor | None, Tensor | None]:
         """What the states x (S, N, H, W, C) add to each of the E nodes: (E, N, H', W', C), and the same in phases."""
+        if not statistics.batch:
+            return self._by_running_statistics(x, p, q, weights, statistics)
         rectified = x.relu()
         z, z_mean = self._separable(rectified, weights, statistics)
         inner, inner_mean, phased = self._dilated(rectified, weights, statistics)
         pointwise = _square(next(weights)) if self.sep or self.dil else None
-        maps = self._pools(x, statistics) + ([x] if self.skip else []) + self._own(rectified, weights, statistics)
-        plain = torch.cat(maps) if maps else None
+        plain = self._plain(x, self._own(rectified, weights, statistics), statistics)
         if pointwise is None:
             return (q @ plain.view(len(plain), -1)).view(self.E, *plain.shape[1:]), None
-        mean = torch.cat([m for m in (z_mean, inner_mean) if m is not None]) if statistics.batch else None
+        mean = torch.cat([m for m in (z_mean, inner_mean) if m is not None])
         out, inner = mix(z, inner, mean, pointwise, p, plain, q, self._layers(self.sep + self.dil, -1), statistics)
         if phased or inner is None:
             return out, inner
@@ -89,32 +89,37 @@ class MixedEdges:
         if not self.sep:
             return None, None
         kernels = [next(weights) for _ in self.sep]
-        z, mean = convolve(rectified, kernels, self.stride, centred=statistics.centred)
+        z, mean = convolve(rectified, kernels, self.stride, centred=statistics.pool)
         half, again = halfway(z, mean, _square(next(weights)), self._layers(self.sep, 3), statistics)
         kernels = [next(weights) for _ in self.sep]
-        return convolve(half, kernels, centred=statistics.centred, again=again)
+        return convolve(half, kernels, centred=statistics.pool, again=again)
 
     def _dilated(self, rectified, weights, statistics):
         if not self.dil:
             return None, None, False
-        kernels, phased, dilation = [next(weights) for _ in self.dil], False, 2
-        if self.stride == 2:  # reads every other pixel only, and is a plain convolution of those
-            rectified, dilation = rectified[:, :, ::2, ::2], 1
-        elif rectified.shape[2] % 2 == rectified.shape[3] % 2 == 0:
-            rectified, dilation, phased = phases(rectified), 1, True
-        return *convolve(rectified.contiguous(), kernels, 1, dilation, statistics.centred), phased
+        kernels = [next(weights) for _ in self.dil]
+        rectified, dilation, phased = self._undilated(rectified)
+        return *convolve(rectified, kernels, 1, dilation, statistics.pool), phased
 
-    def _pools(self, x, statistics):
-        maps = []
-        for name in self.pools:
-            for s, state in enumerate(x):
-                pooled = POOLS[name](state.permute(0, 3, 1, 2), self.stride).permute(0, 2, 3, 1)
-                norms = [op[1] for op in self.ops[name][s * self.E:][:self.E]]
-                if statistics.batch:
-                    maps.append(statistics.normalise(pooled, norms)[None])
-                else:  # every edge has running statistics of its own
-                    maps.append(_apart(statistics.normalise(pooled.repeat(1, 1, 1, self.E), norms), self.E))
-        return maps
+    def _undilated(self, rectified):
+        """The states as convolutions of dilation 2 read them, their dilation then, and whether these are `phases`."""
+        if self.stride == 2:  # reads every other pixel only, and is a plain convolution of those
+            return rectified[:, :, ::2, ::2].contiguous(), 1, False
+        if rectified.shape[2] % 2 == rectified.shape[3] % 2 == 0:
+            return phases(rectified), 1, True
+        return rectified, 2, False
+
+    def _pools(self, x):
+        """The pooled states (S, N, H', W', C) by each of `pools`."""
+        images = x.flatten(0, 1).permute(0, 3, 1, 2)
+        return [POOLS[name](images, self.stride).permute(0, 2, 3, 1).unflatten(0, x.shape[:2]) for name in self.pools]
+
+    def _plain(self, x, own, statistics):
+        """All maps that need no pointwise convolution, one after another; None if there are none."""
+        maps = self._pools(x) + ([x] if self.skip else []) + own
+        plain = torch.cat(maps) if maps else None
+        norms = [op[1] for name in self.pools for op in self.ops[name]]
+        return statistics.normalise_(plain, norms, len(norms) // self.E) if norms else plain
 
     def _own(self, rectified, weights, statistics):
         maps, edges = [], self.S * self.E
@@ -128,6 +133,67 @@ class MixedEdges:
                 y = conv2d(y, second, None, (self.stride, 1), (3, 0), 1, edges).permute(0, 2, 3, 1)
             maps.append(_apart(statistics.normalise(y, norms), edges))
         return maps
+
+    def _by_running_statistics(self, x, p, q, weights, statistics):
+        """The sums, a block of edges at a time: with nothing to keep, every map serves while it is in the cache."""
+        rectified, E, C = x.relu(), self.E, x.shape[-1]
+        kernels = [next(weights) for _ in self.sep]
+        if self.sep:
+            halfway_scale, halfway_shift = running_scale(_square(next(weights)), None, self._layers(self.sep, 3))
+        again, dilated = ([next(weights) for _ in names] for names in (self.sep, self.dil))
+        if self.sep or self.dil:
+            scale, shift = running_scale(_square(next(weights)), p, self._layers(self.sep + self.dil, -1))
+        out = self._running_plain(x, q, self._own(rectified, weights, statistics), statistics)
+        total, group = out.view(E, -1, C), 0
+        for kernel, second in zip(kernels, again):
+            for z in blockwise(rectified, kernel, self.stride):
+                groups, at = slice(group, group + len(z)), group % (self.S * E) * C
+                half = torch.baddbmm(halfway_shift[groups], in_rows(z), halfway_scale[groups]).relu_().view(z.shape)
+                for block in blockwise(half, second[at:at + len(z) * C]):
+                    _add_products(total, block, scale[groups], group)
+                group = groups.stop
+        if self.sep:
+            total += shift[:group].view(-1, E, 1, C).sum(0)
+        if not self.dil:
+            return out, None
+        rectified, dilation, phased = self._undilated(rectified)
+        inner = out.new_zeros(E, *_after(rectified, 1)) if phased else out
+        total = inner.view(E, -1, C)
+        total += shift[group:].view(-1, E, 1, C).sum(0)
+        for kernel in dilated:
+            for z in blockwise(rectified, kernel, 1, dilation):
+                _add_products(total, z, scale[group:group + len(z)], group)
+                group += len(z)
+        return out, inner if phased else None
+
+    def _running_plain(self, x, q, own, statistics):
+        """What pools, skips and `own` maps add to each node, (E, N, H', W', C)."""
+        rest = ([x] if self.skip else []) + own
+        shape, pools = (self.E, *_after(x, self.stride)), len(self.pools) * self.S
+        out = (q[:, pools:] @ torch.cat(rest).flatten(1)).view(shape) if rest else x.new_zeros(shape)
+        if pools:
+            norms = [op[1] for name in self.pools for op in self.ops[name]]
+            scale, shift = running_scale(None, q[:, :pools].t().flatten(), norms)
+            for pooled, by in zip(torch.cat(self._pools(x)), scale.to(x.dtype).view(pools, self.E, 1, 1, 1, -1)):
+                out.addcmul_(pooled, by)
+            out += shift.to(x.dtype).view(pools, self.E, 1, 1, 1, -1).sum(0)
+        return out
+
+
+def _after(x: Tensor, stride: int) -> Sequence[int]:
+    """The shape (N, H', W', C) of what an operation of this stride makes of a state of x (S, N, H, W, C)."""
+    _, N, H, W, C = x.shape
+    return N, -(-H // stride), -(-W // stride), C
+
+
+def _add_products(total: Tensor, z: Tensor, scale: Tensor, group: int) -> None:
+    """Add the products of groups z (B, N, H, W, C), the first is `group`, to their edges' in total (E, pixels, C)."""
+    E = len(total)
+    if len(z) == 1:
+        total[group % E].addmm_(in_rows(z)[0], scale[0])
+    else:
+        for part, by in zip(in_rows(z).split(E), scale.split(E)):
+            total.baddbmm_(part, by)
 
 
 def factorized_reduce(x: Tensor, first: Tensor, second: Tensor, edges: int) -> Tensor:

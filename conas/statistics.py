@@ -4,16 +4,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from conas.fused import is_twice_differentiable
-from conas.synced import Pool, batch_norm
-
-
-def _is_rough(x: Tensor) -> bool:
-    """Whether PyTorch's own BatchNorm loses digits: for channels last on CPUs it sums pixels one after another.
-
-    That is six times the rounding of the logits, and twice the error of a float32 hypergradient.
-    """
-    return x.device.type == "cpu" and not is_twice_differentiable() and not torch.compiler.is_compiling()
+from conas.synced import Pool, batch_norm, batch_norm_
 
 
 class Statistics:
@@ -26,13 +17,13 @@ class Statistics:
 
     def __init__(self, batch: bool, keep: bool, pool: Pool | None = None):
         self.batch, self.keep, self.pool = batch, batch and keep, pool or Pool()
-        self.centred = self.pool if batch else None  # the images over which a mean is to be zero
         self._seen: list[tuple[Sequence[nn.BatchNorm2d], Tensor, Tensor, int]] = []
 
     def add(self, norms: Sequence[nn.BatchNorm2d], mean: Tensor, weight: Tensor | None, variance: Tensor, pixels: int
             ) -> None:
-        """Take note of the mean and the biased variance of a batch, of len(norms) * C channels or of C that all norms
-        share; `pixels` are this process's. With a weight (K, C, C) the mean is that of W z for `mean` (K, 1, C) of z.
+        """Take note of the mean and the biased variance of a batch, of K * C channels: K maps of C for as many norms,
+        or each for several that share it, one after another; `pixels` are this process's. With a weight (K, C, C) the
+        mean is that of W z for `mean` (K, 1, C) of z.
         """
         if self.keep:
             mean, variance = mean.detach(), variance.detach()
@@ -47,19 +38,25 @@ class Statistics:
 
     def normalise(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], weight: Tensor | None = None,
                   bias: Tensor | None = None) -> Tensor:
-        """BatchNorm of x (N, H, W, channels), whose channels are those of all norms one after another, or, by the
-        statistics of the batch only, of C channels that all norms share."""
+        """BatchNorm of x (N, H, W, channels), whose channels are those of all norms one after another."""
         x, eps = x.permute(0, 3, 1, 2), norms[0].eps
-        if self.batch and (self.pool.shared or _is_rough(x)):
+        if self.batch:
             x, mean, variance = batch_norm(x, weight, bias, eps, self.pool)
             self.add(norms, mean, None, variance, x.numel() // x.shape[1])
-        elif self.batch:
-            x, mean, rstd = torch.native_batch_norm(x, weight, bias, None, None, True, 0.0, eps)
-            self.add(norms, mean, None, (rstd.detach() ** -2 - eps) if self.keep else rstd, x.numel() // x.shape[1])
         else:
             mean, variance = (statistic.view(-1).to(x.dtype) for statistic in self.running(norms))
             x = nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
         return x.permute(0, 2, 3, 1)
+
+    def normalise_(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], maps: int | None = None) -> Tensor:
+        """BatchNorm of the first `maps` of x (K, N, H, W, C), in place: see `synced.batch_norm_`."""
+        if not self.batch:
+            mean, variance = (statistic[:, None, None] for statistic in self.running(norms))
+            scale = (variance + norms[0].eps).rsqrt()
+            return torch.addcmul((-scale * mean).to(x.dtype), x, scale.to(x.dtype))
+        x, mean, variance = batch_norm_(x, norms[0].eps, self.pool, maps)
+        self.add(norms, mean, None, variance, x[0].numel() // x.shape[-1])
+        return x
 
     @torch.no_grad()
     def update(self) -> None:
@@ -68,10 +65,11 @@ class Statistics:
             return
         running, seen, counts = [], [], []
         for norms, mean, variance, pixels in self._seen:
-            shape = len(norms), norms[0].num_features
+            C = norms[0].num_features
             for name, value in ("running_mean", mean), ("running_var", variance * (pixels / (pixels - 1))):
                 running += [getattr(norm, name) for norm in norms]
-                seen += value.to(norms[0].running_mean.dtype).reshape(-1, shape[1]).expand(shape).unbind()
+                value = value.to(norms[0].running_mean.dtype).reshape(-1, C)
+                seen += value.repeat_interleave(len(norms) // len(value), dim=0).unbind()
             counts += [norm.num_batches_tracked for norm in norms]
         torch._foreach_lerp_(running, seen, norms[0].momentum)
         torch._foreach_add_(counts, 1)

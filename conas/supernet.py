@@ -67,8 +67,8 @@ class SearchCell(nn.Module):
                 statistics: Statistics) -> Tensor:
         """`s0`, `s1` (N, H, W, C) come after ReLU; `shares` are the softmax of the alphas, for each of `mixed`."""
         weights = iter(weights)
-        source = torch.stack([_preprocess(self.preprocess0, s0, weights, statistics),
-                              _preprocess(self.preprocess1, s1, weights, statistics)])
+        source = torch.stack([_preprocess(self.preprocess0, s0, weights), _preprocess(self.preprocess1, s1, weights)])
+        source = statistics.normalise_(source, [_norm(self.preprocess0), _norm(self.preprocess1)])
         nodes, arriving, arriving_in_phases = [], [[] for _ in range(NODES)], [[] for _ in range(NODES)]
         for n, (edges, (p, q)) in enumerate(zip(self.mixed, shares)):
             out, in_phases = edges(source, p, q, weights, statistics)
@@ -83,10 +83,15 @@ class SearchCell(nn.Module):
         return torch.cat(nodes, dim=3)
 
 
-def _preprocess(module: nn.Module, x: Tensor, weights: Iterator[Tensor], statistics: Statistics) -> Tensor:
+def _preprocess(module: nn.Module, x: Tensor, weights: Iterator[Tensor]) -> Tensor:
+    """Its output ahead of BatchNorm."""
     if isinstance(module, FactorizedReduce):
-        return statistics.normalise(factorized_reduce(x[None], next(weights), next(weights), 1), [module.bn])
-    return statistics.normalise(linear(x, next(weights).flatten(1)), [module.op[2]])
+        return factorized_reduce(x[None], next(weights), next(weights), 1)
+    return linear(x, next(weights).flatten(1))
+
+
+def _norm(module: nn.Module) -> nn.BatchNorm2d:
+    return module.bn if isinstance(module, FactorizedReduce) else module.op[2]
 
 
 class Supernet(nn.Module):
@@ -147,7 +152,7 @@ class Supernet(nn.Module):
         weights = self._unpack(w)
         pool = Pool.of_all(len(x)) if self.synced and self.training else None
         statistics = Statistics(batch=self.training, keep=not self.frozen, pool=pool)
-        shares = {reduction: self._shares(alphas, reduction, statistics, w.dtype)
+        shares = {reduction: self._shares(alphas, reduction, w.dtype)
                   for reduction, alphas in ((False, self.alphas_normal), (True, self.alphas_reduce))}
         x = conv2d(x.contiguous(memory_format=torch.channels_last), next(weights), padding=1).permute(0, 2, 3, 1)
         out = statistics.normalise(x, [self.stem[1]], next(weights), next(weights))
@@ -164,11 +169,11 @@ class Supernet(nn.Module):
         packs = w.split([sum(p.numel() for p in pack) for pack in self._packs])
         return iter([flat.view(-1, *pack[0].shape[1:]) for flat, pack in zip(packs, self._packs)])
 
-    def _shares(self, alphas: Tensor, reduction: bool, statistics: Statistics, dtype: torch.dtype) -> list[tuple]:
+    def _shares(self, alphas: Tensor, reduction: bool, dtype: torch.dtype) -> list[tuple]:
         """The probabilities of equation 2 as each of a cell's `mixed` takes them; cells of a kind share them."""
         edges = next((cell.mixed for cell in self.cells if cell.reduction == reduction), [])
         rows = alphas.softmax(dim=-1).to(dtype)[self.outgoing].split([len(edges) for edges in OUTGOING])
-        return [mixed.shares(part, statistics) for mixed, part in zip(edges, rows)]
+        return [mixed.shares(part) for mixed, part in zip(edges, rows)]
 
     def alphas(self) -> dict[str, nn.Parameter]:
         """The architecture parameters by name."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conas import distributed
+from conas.fused import fused, is_twice_differentiable
 
 
 @dataclass
@@ -49,43 +50,71 @@ class Pool:
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pool: Pool
                ) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm of x (N, C, H, W), and the mean and the biased variance (C,) that it is by, without gradients."""
-    return _BatchNorm.apply(x, weight, bias, eps, pool)
+    y, mean, variance = fused(_BatchNorm, x.permute(0, 2, 3, 1)[None], weight, bias, eps, pool, None)
+    return y[0].permute(0, 3, 1, 2), mean.view(-1), variance.view(-1)
+
+
+def batch_norm_(x: Tensor, eps: float, pool: Pool, maps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """BatchNorm of each of the first `maps` (default: all) of x (K, N, H, W, C), in x itself, which is returned.
+
+    And the means and biased variances (maps, 1, C), without gradients. Nothing else may need the x that was, nor, if
+    there are more maps, the gradient of what is returned.
+    """
+    return fused(_BatchNorm, x, None, None, eps, pool, maps or len(x))
 
 
 def _mean_product(a: Tensor, b: Tensor) -> Tensor:
-    """The mean over images and pixels of a b for each channel, (C,): by a matrix product, where that is cheap."""
-    if a.shape[1] > 64:
-        return (a * b).mean((0, 2, 3))
-    a, b = (t.permute(0, 2, 3, 1).reshape(-1, t.shape[1]) for t in (a, b))
-    return (a.t() @ b).diagonal() / len(a)
+    """The mean over P pixels of a b, (K, P, C) to (K, 1, C): by a matrix product, where that is cheap."""
+    if a.shape[-1] > 64:
+        return (a * b).mean(1, keepdim=True)
+    return torch.bmm(a.transpose(1, 2), b).diagonal(dim1=1, dim2=2)[:, None] / a.shape[1]
 
 
 class _BatchNorm(torch.autograd.Function):
+    """Of x (K, N, H, W, C), each of K maps by itself; if `maps` is given, of the first ones, in place."""
+
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, pool):
-        exact = x if x.dtype == torch.float64 else x.float()
-        mean = pool.mean(exact.mean((0, 2, 3)))
-        centred = exact - mean[:, None, None]
+    def forward(ctx, x, weight, bias, eps, pool, maps):
+        part = x if maps is None else x[:maps]
+        rows = part.reshape(len(part), -1, x.shape[-1])
+        exact = rows if x.dtype == torch.float64 else rows.float()
+        # derivatives of second order need every step of the way
+        own = maps is not None and not is_twice_differentiable() and not torch.compiler.is_compiling()
+        mean = pool.mean(exact.mean(1, keepdim=True))
+        centred = torch.sub(exact, mean, out=exact if own else None)
         variance = pool.mean(_mean_product(centred, centred))
-        ctx.save_for_backward(x, weight, mean, variance)
-        ctx.eps, ctx.pool = eps, pool
+        rstd = (variance + eps).rsqrt()
+        y = torch.mul(centred, rstd, out=centred if own else None).to(x.dtype)
+        ctx.save_for_backward(x if own else y, weight, rstd)
+        ctx.pool, ctx.maps = pool, maps
         ctx.mark_non_differentiable(mean, variance)
-        y = nn.functional.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), weight, bias, False, 0.0, eps)
-        return y, mean, variance
+        if own:
+            ctx.mark_dirty(x)
+            if y.dtype != exact.dtype:
+                rows.copy_(y)
+            return x, mean, variance
+        y = y if weight is None else torch.addcmul(bias, y, weight)
+        y = y.view(part.shape)
+        return y if len(part) == len(x) else torch.cat([y, x[maps:]]), mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad, _mean, _variance):
-        x, weight, mean, variance = ctx.saved_tensors
-        y = nn.functional.batch_norm(x, mean.to(x.dtype), variance.to(x.dtype), None, None, False, 0.0, ctx.eps)
-        pixels = grad.numel() // grad.shape[1]
-        d_bias, d_weight = grad.sum((0, 2, 3), dtype=mean.dtype), pixels * _mean_product(grad, y).to(mean.dtype)
-        of_g, of_gy = ctx.pool.sum(torch.stack([d_bias, d_weight])).div(ctx.pool.count(pixels))
-        scale = (variance + ctx.eps).rsqrt() if weight is None else (variance + ctx.eps).rsqrt() * weight
-        scale, shift, slope = (t.to(grad.dtype)[:, None, None] for t in (scale, -scale * of_g, -scale * of_gy))
-        d_x = torch.addcmul(shift, y, slope).addcmul_(grad, scale)
+        y, weight, rstd = ctx.saved_tensors
+        alone = ctx.maps is None or ctx.maps == len(grad)
+        part = (grad if alone else grad[:ctx.maps]).reshape(len(rstd), -1, grad.shape[-1])
+        y = y[:len(rstd)].view(part.shape)
+        d_bias = part.sum(1, keepdim=True, dtype=rstd.dtype)
+        d_weight = part.shape[1] * _mean_product(part, y).to(rstd.dtype)
+        of_g, of_gy = ctx.pool.sum(torch.stack([d_bias, d_weight])) if ctx.pool.shared else (d_bias, d_weight)
+        scale = rstd if weight is None else rstd * weight
+        share = scale / -ctx.pool.count(part.shape[1])
+        shift, slope, scale = (t.to(grad.dtype) for t in (share * of_g, share * of_gy, scale))
+        d_x = torch.addcmul(shift, y, slope)
+        d_x = torch.addcmul(d_x, part, scale, out=d_x if alone else part).view(-1, *grad.shape[1:])
         affine = weight is not None
-        return d_x, d_weight if affine else None, d_bias if affine else None, None, None
+        return (d_x if alone else grad, d_weight.view(-1) if affine else None, d_bias.view(-1) if affine else None,
+                None, None, None)
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):
