@@ -1,8 +1,11 @@
 """What packing may not change: in float32, the hypergradient is as near to float64's as the textbook code's is."""
+import pytest
 import torch
+from torch.nn import functional as F
 
 from benchmarks.search_step import Contestant
 from conas.statistics import Statistics
+from conas.synced import Pool, batch_norm_
 from tests.parity import fill, set_alphas
 
 BATCHES, CHANNELS, LAYERS, BATCH, SIZE = 24, 4, 3, 8, 16
@@ -38,3 +41,19 @@ def test_batch_norm_of_channels_last_maps_keeps_its_digits():
     exact, found = (Statistics(batch=True, keep=False).normalise(x.to(dtype).requires_grad_(), norms)
                     for dtype in (torch.float64, torch.float32))
     assert (found - exact).abs().max() < 4e-7 * exact.abs().max()
+
+
+@pytest.mark.parametrize("maps", [1, 2, 3])
+def test_batch_norm_in_place_is_the_library_s(maps):
+    """Of the first maps; the others pass through, and so do their gradients."""
+    torch.manual_seed(0)
+    x = torch.randn(3, 4, 5, 6, 8, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    parts = [F.batch_norm(m.permute(0, 3, 1, 2), None, None, training=True).permute(0, 2, 3, 1) for m in x[:maps]]
+    expected = torch.cat([torch.stack(parts), x[maps:]])
+    found, mean, variance = batch_norm_(x * 1, 1e-5, Pool(), maps)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(mean[:, 0], x[:maps].mean((1, 2, 3)))
+    torch.testing.assert_close(variance[:, 0], x[:maps].var((1, 2, 3), correction=0))
+    gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (found, expected)]
+    torch.testing.assert_close(*gradients)

@@ -6,6 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks import textbook
+from conas import depthwise
 from conas.genotype import NODES
 from conas.supernet import Supernet, frozen_statistics
 from tests.parity import fill
@@ -23,7 +24,9 @@ def pair(space):
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format):
+@pytest.mark.parametrize("small", [depthwise.SMALL, 0])  # edges side by side, or one by one
+def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format, small, monkeypatch):
+    monkeypatch.setattr(depthwise, "SMALL", small)
     network, oracle = pair(space)
     torch.manual_seed(0)
     x, y = torch.randn(5, 3, 16, 16, dtype=torch.float64).to(memory_format=memory_format), torch.arange(5)
