@@ -1,10 +1,10 @@
 """The last layer of a language model with its loss, as one autograd function.
 
-Logits of all words at all time steps would be by far the largest tensor of a language model. They are never there all at
-once: a piece of some hundred rows is computed, its loss and its part of the gradients are taken, and the next piece
-overwrites it, in memory that is touched for the first time once and mostly stays in a cache. With e = exp(logits - their
-maximum) and z = sum(e), row by row, the gradient by the logits is e / z less the right answer; 1 / z and the right
-answers are put where they cost least: on what is multiplied with e, and on the products.
+Logits of all words at all time steps would be by far the largest tensor of a language model. They are never there all
+at once: a piece of some hundred rows is computed, its loss and its part of the gradients are taken, and the next piece
+overwrites it, in memory that mostly stays in a cache. With e = exp(logits - their maximum) and z = sum(e), row by row,
+the gradient by the logits is e / z less the right answer; 1 / z and the right answers are put where they cost least: on
+what is multiplied with e, and on the products.
 """
 import torch
 from torch import Tensor
@@ -29,7 +29,8 @@ class _DecodedLoss(torch.autograd.Function):
         N, V = len(x), len(weight)
         rows = max(ROWS, ELEMENTS.get(x.device.type, ROWS) // V)
         rows = -(-N // -(-N // rows))  # pieces of about the same size
-        d_x, d_weight = (torch.empty_like(w) if wanted else None for w, wanted in ((x, wants_x), (weight, wants_weight)))
+        d_x = torch.empty_like(x) if wants_x else None
+        d_weight = torch.empty_like(weight) if wants_weight else None
         d_bias = torch.zeros_like(bias) if wants_bias else None
         losses, memory = x.new_empty(N, 1), x.new_empty(rows, V)
         for i in range(0, N, rows):

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conas.sequence import SLOPES, add_through, gate, masked, once
+from conas.sequence import add_through, masked, once
 
 INTO = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": lambda x, out: torch.clamp_min(x, 0, out=out)}
 
@@ -32,13 +32,19 @@ def run_supernet(x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tenso
     return outputs, means, scales ** -2 - eps
 
 
+def gate(a: Tensor, state: Tensor) -> Tensor:
+    """state + c (h - state), from (B, 2H) before sigmoid and tanh; `a` then holds c and h."""
+    c, h = a.chunk(2, dim=-1)
+    return torch.lerp(state, h.tanh_(), c.sigmoid_())
+
+
 def _gate_backward(d: Tensor, a: Tensor, state: Tensor) -> Tensor:
     """The gradient by `state` but for the part through `a`; `a` then holds its own gradient."""
     c, h = a.chunk(2, dim=-1)
     dh = d * c
     d_state = d - dh
     d_gate = dh.mul(h - state).mul_(1 - c)
-    h.copy_(dh.mul_(SLOPES["tanh"](h)))
+    h.copy_(dh.mul_(1 - h * h))
     c.copy_(d_gate)
     return d_state
 
