@@ -5,18 +5,21 @@ a step adds over its edges
 
     sum_k p_k (s + c (f_k(h) - s))  =  P s + c (sum_k p_k f_k(h) - P s)
 
-so that c and s meet the mixture of activations once instead of once for each of them. What the backward pass can know
-of all edges of a time step before it has any gradient is computed for all of them at once. See `conas.sequence` for
-shapes and for what the two have in common.
+so that c and s meet the mixture of activations once instead of once for each of them. What the gradient of a new state
+is multiplied by on its way back through an edge is made in the forward pass, as long as its parts are in a cache: three
+tensors an edge are kept, and the backward pass is little more than its matrix products. Where the alphas have a gradient,
+the terms of the left side are kept too: by p_k it is their product with the gradient of the new state.
+
+See `conas.sequence` for shapes and for what the two have in common. There are E = 36 edges and K activations.
 """
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from conas.sequence import add_through, masked, once
+from conas.sequence import add_through, masked, once, slopes
 
-INTO = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": lambda x, out: torch.clamp_min(x, 0, out=out)}
+PIECE = 2 ** 16  # numbers of one kind in the part of a step whose 2 K kinds of numbers are to stay in a cache
 
 
 def run_supernet(x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tensor], mask: Tensor | None,
@@ -24,29 +27,77 @@ def run_supernet(x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tenso
                  ) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (T, B, H) of the supernet's cell, and the means and variances (9 T, H) of what was normalised, in order.
 
-    `probabilities` (36, len(activations)) are those of the alphas' softmax; the first of `activations` is identity.
+    `probabilities` (E, K) are those of the alphas' softmax; `activations` are identity, relu if there is one, and others.
     Every state is normalised: by the batch, or by `statistics`, mean and variance (H,) each.
     """
-    outputs, means, scales = _Supernet.apply(x, hidden, W_hidden, torch.stack(list(Ws)), mask, probabilities,
-                                             tuple(activations), statistics, eps)
+    outputs, means, scales = _Supernet.apply(x, hidden, W_hidden, mask, probabilities, tuple(activations), statistics,
+                                             eps, torch.is_grad_enabled(), *Ws)
     return outputs, means, scales ** -2 - eps
 
 
-def gate(a: Tensor, state: Tensor) -> Tensor:
-    """state + c (h - state), from (B, 2H) before sigmoid and tanh; `a` then holds c and h."""
-    c, h = a.chunk(2, dim=-1)
-    return torch.lerp(state, h.tanh_(), c.sigmoid_())
+class _Mixtures:
+    """The mixtures of activations and their slopes, as products of the probabilities with rows of numbers.
+
+    Rows are the K activations' outputs, squares of those of sigmoid and tanh, derivatives of relu, ones.
+    """
+
+    def __init__(self, p: Tensor, activations: Sequence[str], edges: int, B: int, H: int):
+        self.K, self.first = len(activations), 1 + activations.count("relu")
+        self.names = activations[1:]
+        curved, tanh = p[:, self.first:], torch.tensor([name == "tanh" for name in activations[self.first:]])
+        tanh = tanh.to(p.device)
+        self.p, self.total = p[:, None], p.sum(dim=1)
+        #   p (f - f^2) for sigmoid, p (1 - f^2) for tanh
+        self.p_slope = torch.cat([curved * ~tanh, -curved, p[:, 1:self.first],
+                                  p[:, :1] + (curved * tanh).sum(dim=1, keepdim=True)], dim=1)[:, None]
+        self.rows = p.new_empty(2 * self.K, edges, B, H)
+        self.rows[-1] = 1
+        self.product, self.c, self.mix, self.slope = (p.new_empty(edges, B, *shape) for shape in ((2, H), *[(H,)] * 3))
+        self.ones = p.new_ones(edges)
 
 
-def _gate_backward(d: Tensor, a: Tensor, state: Tensor) -> Tensor:
-    """The gradient by `state` but for the part through `a`; `a` then holds its own gradient."""
-    c, h = a.chunk(2, dim=-1)
-    dh = d * c
-    d_state = d - dh
-    d_gate = dh.mul(h - state).mul_(1 - c)
-    h.copy_(dh.mul_(1 - h * h))
-    c.copy_(d_gate)
-    return d_state
+class _Piece:
+    """Some edges of one step. Views of what all time steps share are made once."""
+
+    def __init__(self, shared: _Mixtures, edges: slice, W: Tensor):
+        n, K, first, rows = edges.stop - edges.start, shared.K, shared.first, shared.rows
+        product, self.W = shared.product[:n], W
+        B, _, H = product.shape[1:]
+        self.product, (self.gate, self.input) = product.view(n * B, 2 * H), product.unbind(2)
+        self.c, self.mix, self.slope = shared.c[:n], shared.mix[:n], shared.slope[:n]
+        self.h, self.values = rows[0, :n], rows[:K, :n]
+        self.apply = [(INTO[name], row) for name, row in zip(shared.names, rows[1:K, :n])]
+        self.curved, self.squares = rows[first:K, :n], rows[K:2 * K - first, :n]
+        self.relus, self.steps = rows[1:first, :n], rows[2 * K - first:-1, :n]
+        self.flat_values, self.flat_slopes = (part.flatten(2).transpose(0, 1) for part in (self.values, rows[first:, :n]))
+        self.p, self.p_slope, self.P = shared.p[edges], shared.p_slope[edges], shared.total[edges, None, None]
+        self.flat_mix, self.flat_slope = (part.view(n, 1, B * H) for part in (self.mix, self.slope))
+        self.by_unit, self.ones = self.mix.view(n, B * H).t(), shared.ones[:n]
+
+    def add(self, total: Tensor, state: Tensor, heard: Tensor) -> None:
+        """total (B H,) += c (sum_k p_k f_k(h) - P s), over the edges, from states (n, B, H) and (n B, H), masked."""
+        torch.mm(heard, self.W, out=self.product)
+        torch.sigmoid(self.gate, out=self.c)
+        self.h.copy_(self.input)
+        for activation, row in self.apply:
+            activation(self.h, out=row)
+        torch.bmm(self.p, self.flat_values, out=self.flat_mix)
+        self.mix.addcmul_(state, self.P, value=-1).mul_(self.c)
+        total.addmv_(self.by_unit, self.ones)
+
+    def keep(self, state: Tensor, d_gate: Tensor, d_input: Tensor, stays: Tensor, terms: Tensor | None) -> None:
+        """What the backward pass needs of the edges that were just added, (n, B, H) each; `terms` (K, n, B, H)."""
+        torch.addcmul(self.mix, self.mix, self.c, value=-1, out=d_gate)
+        torch.addcmul(self.P, self.P, self.c, value=-1, out=stays)
+        torch.mul(self.curved, self.curved, out=self.squares)
+        torch.sign(self.relus, out=self.steps)
+        torch.bmm(self.p_slope, self.flat_slopes, out=self.flat_slope)
+        torch.mul(self.slope, self.c, out=d_input)
+        if terms is not None:
+            torch.lerp(state, self.values, self.c, out=terms)
+
+
+INTO = {"tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": lambda x, out: torch.clamp_min(x, 0, out=out)}
 
 
 def _rows(steps: int) -> list[slice]:
@@ -56,51 +107,67 @@ def _rows(steps: int) -> list[slice]:
 
 class _Supernet(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, hidden, W_hidden, Ws, mask, probabilities, activations, statistics, eps):
-        T, B, H, steps, edges = len(x), *hidden.shape, len(Ws), len(probabilities)
-        rows, p, total = _rows(steps), probabilities[:, None], probabilities.sum(dim=1)
+    def forward(ctx, x, hidden, W_hidden, mask, probabilities, activations, statistics, eps, learning, *Ws):
+        T, B, H, steps, E, K = len(x), *hidden.shape, len(Ws), len(probabilities), len(activations)
         a = torch.empty_like(x)
         before = x.new_empty(T + 1, B, H)      # hidden states; before[t + 1] is the output of time step t
         before[0] = hidden
         heard = x.new_empty(T, B, H)           # hidden states and, below, states as products hear them: masked
         raw, states, states_heard = (x.new_empty(T, steps + 1, B, H) for _ in range(3))  # raw: before normalising
         means, scales = (x.new_empty(T, steps + 1, H) for _ in range(2))
-        gates, gains = (x.new_empty(T, edges, B, H) for _ in range(2))
-        values = x.new_empty(T, len(activations), edges, B, H)  # f_k(h); the first is h
         if statistics is not None:
             means[:], scales[:] = statistics[0], (statistics[1] + eps).rsqrt()
-        W_gate, W_value = Ws.chunk(2, dim=2)
+        d_edges = x.new_empty(T, E, B, 2, H) if learning else None  # multiply a new state's gradient, see _Piece.keep
+        stays = x.new_empty(T, E, B, H) if learning else None
+        terms = x.new_empty(T, E, K, B, H) if learning and ctx.needs_input_grad[4] else None
+
+        most = max(1, min(steps, PIECE // (B * H)))
+        shared = _Mixtures(probabilities, activations, most, B, H)
+        flat = states.view(T, steps + 1, B * H).transpose(1, 2)
+        plan = []  # for each step its pieces, and of all time steps the views of what they read and write
+        for i, row in enumerate(_rows(steps)):
+            parts = []
+            for begin in range(0, i + 1, most):
+                end = min(begin + most, i + 1)
+                edges = slice(row.start + begin, row.start + end)
+                kept = []
+                if learning:
+                    kept = [*(part.unbind() for part in d_edges[:, edges].unbind(3)), stays[:, edges].unbind(),
+                            [None] * T if terms is None else terms[:, edges].transpose(1, 2).unbind()]
+                parts.append((_Piece(shared, edges, Ws[i]), states[:, begin:end].unbind(),
+                              states_heard[:, begin:end].reshape(T, -1, H).unbind() if False else
+                              [part.view(-1, H) for part in states_heard[:, begin:end].unbind()], kept))
+            plan.append((parts, flat[:, :, :i + 1].unbind(), shared.total[row]))
+        slots = [[part.unbind() for part in whole.unbind(1)] for whole in (raw, states, states_heard, means, scales)]
 
         def normalise(t: int, i: int) -> None:
+            x, y, heard, mean, scale = (views[i][t] for views in slots)
             if statistics is None:
-                y, means[t, i], scales[t, i] = torch.native_batch_norm(
-                    raw[t, i], None, None, None, None, True, 0.0, eps)
-                states[t, i] = y
+                torch.native_batch_norm(x, None, None, None, None, True, 0.0, eps, out=(y, mean, scale))
             else:
-                torch.sub(raw[t, i], means[t, i], out=states[t, i]).mul_(scales[t, i])
-            masked(states[t, i], mask, states_heard[t, i])
+                torch.sub(x, mean, out=y).mul_(scale)
+            masked(y, mask, heard)
 
-        for t in range(T):
-            torch.addmm(x[t], masked(before[t], mask, heard[t]), W_hidden, out=a[t])
-            raw[t, 0] = gate(a[t], before[t])
+        c0, h0 = (part.unbind() for part in a.chunk(2, dim=2))
+        share = x.new_full((steps,), 1 / steps)
+        outputs = before.view(T + 1, -1).unbind()
+        averaged = flat[:, :, 1:].unbind()
+        sums = [part.view(T, -1).unbind() if False else [v.view(-1) for v in part] for part in slots[0]]
+        each = zip(x.unbind(), before.unbind(), heard.unbind(), a.unbind())
+        for t, (words, state, hears, product) in enumerate(each):
+            torch.addmm(words, masked(state, mask, hears), W_hidden, out=product)
+            torch.lerp(state, h0[t].tanh_(), c0[t].sigmoid_(), out=slots[0][0][t])
             normalise(t, 0)
-            for i, row in enumerate(rows):
-                state, source = states[t, :i + 1], states_heard[t, :i + 1].view(-1, H)
-                c, value, gain = gates[t, row], values[t, :, row], gains[t, row]
-                torch.mm(source, W_gate[i], out=c.view(-1, H))
-                torch.mm(source, W_value[i], out=value[0].view(-1, H))
-                c.sigmoid_()
-                for k, name in enumerate(activations[1:], start=1):
-                    INTO[name](value[0], out=value[k])
-                torch.bmm(p[row], value.flatten(2).transpose(0, 1), out=gain.view(i + 1, 1, -1))
-                gain.addcmul_(state, total[row, None, None], value=-1)
-                torch.mv(state.view(i + 1, -1).t(), total[row], out=raw[t, i + 1].view(-1))
-                raw[t, i + 1] += (gain * c).sum(dim=0)
-                normalise(t, i + 1)
-            torch.mean(states[t, 1:], dim=0, out=before[t + 1])
-        ctx.save_for_backward(a, before, heard, raw, states, states_heard, means, scales, gates, gains, values,
-                              W_hidden, Ws, probabilities)
-        ctx.mask, ctx.activations, ctx.batch, ctx.eps, ctx.used = mask, activations, statistics is None, eps, False
+            for i, (parts, earlier, total) in enumerate(plan, start=1):
+                torch.mv(earlier[t], total, out=sums[i][t])
+                for piece, source, hears, kept in parts:
+                    piece.add(sums[i][t], source[t], hears[t])
+                    if learning:
+                        piece.keep(source[t], *(part[t] for part in kept))
+                normalise(t, i)
+            torch.mv(averaged[t], share, out=outputs[t + 1])
+        ctx.save_for_backward(a, before, heard, raw, states_heard, means, scales, d_edges, stays, terms, W_hidden, *Ws)
+        ctx.mask, ctx.batch, ctx.eps, ctx.used = mask, statistics is None, eps, False
         means, scales = means.view(-1, H), scales.view(-1, H)
         ctx.mark_non_differentiable(means, scales)
         return before[1:].clone(), means, scales
@@ -109,63 +176,52 @@ class _Supernet(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, d_outputs, *_):
         once(ctx)
-        (a, before, heard, raw, states, states_heard, means, scales, gates, gains, values, W_hidden, Ws,
-         probabilities) = ctx.saved_tensors
+        a, before, heard, raw, states_heard, means, scales, d_edges, stays, terms, W_hidden, *Ws = ctx.saved_tensors
         mask, needed = ctx.mask, ctx.needs_input_grad
-        (T, B, H), steps = d_outputs.shape, len(Ws)
-        rows, p, total = _rows(steps), probabilities[:, :, None, None], probabilities.sum(dim=1)[:, None, None]
-        sources = torch.cat([torch.arange(i + 1) for i in range(steps)]).to(p.device)
-        followers = torch.arange(steps).repeat_interleave(torch.arange(1, steps + 1)).to(p.device)
-        d_hidden, d = torch.zeros_like(before[0]), torch.empty_like(states[0])
-        d_new = torch.empty_like(states[0, 1:])  # of states before normalising, but for state 0
-        d_probabilities = torch.zeros_like(probabilities)
-        d_Ws = torch.zeros_like(Ws) if needed[3] else None
-        to_gate, to_value = (part.transpose(1, 2) for part in Ws.chunk(2, dim=2))
+        (T, B, H), steps, E = d_outputs.shape, len(Ws), d_edges.shape[1]
+        d_hidden, d_output = torch.zeros_like(before[0]), torch.empty_like(before[0])
+        d = raw.new_empty(steps + 1, B, H)
+        d_each = d.unbind()
+        d_Ws = [torch.zeros_like(W) if wanted else None for W, wanted in zip(Ws, needed[9:])]
+        d_terms = None if terms is None else raw.new_zeros(E, terms.shape[2])
+        stays_hidden = torch.empty_like(heard)
+        halves = a.view(T, B, 2, H)
+        slopes(*halves[None].permute(3, 0, 1, 2, 4), before[:-1], [("tanh", slice(None))], stays_hidden[None])
+        to_hidden = W_hidden.t().contiguous()
+        plan = []
+        for i, row in enumerate(_rows(steps)):
+            part = d_edges[:, row]
+            plan.append((i + 1, d[:i + 1], part.unbind(), [v.view(-1, 2 * H) for v in part.unbind()],
+                         stays[:, row].unbind(), [v.view(-1, H).t() for v in states_heard[:, :i + 1].unbind()],
+                         Ws[i].t().contiguous(), d_Ws[i],
+                         None if terms is None else [v.view(-1, B * H) for v in terms[:, row].unbind()],
+                         None if terms is None else d_terms[row].view(-1)))
+        normalised = [[part.unbind() for part in whole.unbind(1)] for whole in (raw, means, scales)]
 
         def normalise_backward(t: int, i: int) -> Tensor:
+            x, mean, scale = (views[i][t] for views in normalised)
             if not ctx.batch:
-                return d[i] * scales[t, i]
-            return torch.ops.aten.native_batch_norm_backward(
-                d[i], raw[t, i], None, None, None, means[t, i], scales[t, i], True, ctx.eps, [True, False, False])[0]
+                return d_each[i] * scale
+            return torch.ops.aten.native_batch_norm_backward(d_each[i], x, None, None, None, mean, scale, True, ctx.eps,
+                                                             [True, False, False])[0]
 
+        gate_halves, a_each, stays_hidden = halves.unbind(), a.unbind(), stays_hidden.unbind()
         for t in reversed(range(T)):
-            d_gate, dm = gains[t], gates[t]
-            d_gate.addcmul_(d_gate, dm, value=-1)  # gain (1 - c): what dm is multiplied by
-            d_value = _slope(values[t], p, ctx.activations)
-            d[0].zero_()
-            d[1:] = (d_outputs[t] + d_hidden).div_(steps)
-            for i, row in reversed(list(enumerate(rows))):
-                d_new[i] = normalise_backward(t, i + 1)
-                into, source = d[:i + 1], states_heard[t, :i + 1].view(-1, H)
-                dm[row] *= d_new[i]
-                into.addcmul_(d_new[i] - dm[row], total[row])
-                left, right = ((part[row].mul_(dm[row])).view(-1, H) for part in (d_gate, d_value))
-                through = torch.mm(left, to_gate[i]).addmm_(right, to_value[i])
-                add_through(into, through.view(i + 1, B, H), mask)
-                if d_Ws is not None:
-                    d_Ws[i, :, :H].addmm_(source.t(), left)
-                    d_Ws[i, :, H:].addmm_(source.t(), right)
-            if needed[5]:
-                flat = states[t].view(steps + 1, -1)
-                kept = (flat @ d_new.view(steps, -1).t())[sources, followers]  # of s and the new state's gradient
-                kept -= (states[t, sources] * dm).sum(dim=(1, 2))
-                d_probabilities += kept[:, None] + values[t].mul_(dm).sum(dim=(2, 3)).t()
-            d_hidden = _gate_backward(normalise_backward(t, 0), a[t], before[t])
-            add_through(d_hidden, a[t] @ W_hidden.t(), mask)
+            d_each[0].zero_()
+            torch.add(d_outputs[t], d_hidden, out=d_output)
+            torch.div(d_output, steps, out=d[1:]) if False else d[1:].copy_(d_output.div_(steps))
+            for i, into, edges, product, stay, source, W, d_W, term, d_p in reversed(plan):
+                d_new = normalise_backward(t, i)
+                edges[t].mul_(d_new[:, None])
+                into.addcmul_(stay[t], d_new)
+                add_through(into, torch.mm(product[t], W).view(i, B, H), mask)
+                if d_W is not None:
+                    d_W.addmm_(source[t], product[t])
+                if term is not None:
+                    d_p.addmv_(term[t], d_new.view(-1))
+            d_new = normalise_backward(t, 0)
+            gate_halves[t].mul_(d_new[:, None])
+            torch.mul(stays_hidden[t], d_new, out=d_hidden)
+            add_through(d_hidden, a_each[t] @ to_hidden, mask)
         d_W_hidden = heard.view(-1, H).t() @ a.view(-1, 2 * H) if needed[2] else None
-        return a, d_hidden, d_W_hidden, d_Ws, None, d_probabilities, None, None, None
-
-
-def _slope(values: Tensor, p: Tensor, activations: Sequence[str]) -> Tensor:
-    """(E, B, H): the derivative of the mixture by h, from values (K, E, B, H) and p (E, K, 1, 1)."""
-    constant, slope = p[:, 0], torch.zeros_like(values[0])
-    for k, name in enumerate(activations[1:], start=1):
-        f = values[k]
-        if name == "tanh":
-            slope.addcmul_(f * f, p[:, k], value=-1)
-            constant = constant + p[:, k]
-        elif name == "sigmoid":
-            slope.addcmul_(torch.addcmul(f, f, f, value=-1), p[:, k])
-        elif name == "relu":
-            slope.addcmul_(f.sign(), p[:, k])
-    return slope.add_(constant)
+        return a, d_hidden, d_W_hidden, None, d_terms, None, None, None, None, *d_Ws

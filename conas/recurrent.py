@@ -161,7 +161,8 @@ class RecurrentSupernet(LanguageModel):
         super().__init__(words, units, RecurrentCell(units, STEPS, normalised=True))
         self.alphas_recurrent = nn.Parameter(1e-3 * torch.randn(EDGES, len(self.primitives)))
         self.frozen = False  # see `conas.supernet.frozen_statistics`
-        self._active = [k for k, name in enumerate(self.primitives) if name not in ("none", "identity")]
+        self._active = sorted((k for k, name in enumerate(self.primitives) if name not in ("none", "identity")),
+                              key=lambda k: self.primitives[k] != "relu")  # as `run_supernet` wants them
 
     def run(self, x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         bn = self.rnns[0].bn
