@@ -18,20 +18,21 @@ import torch
 from torch import Tensor
 
 from conas.sequence import add_through, masked, once, slopes
+from conas.workspace import Workspace
 
 PIECE = 2 ** 16  # numbers of one kind in the part of a step whose 2 K kinds of numbers are to stay in a cache
 
 
 def run_supernet(x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tensor], mask: Tensor | None,
-                 probabilities: Tensor, activations: Sequence[str], statistics: tuple[Tensor, Tensor] | None, eps: float
-                 ) -> tuple[Tensor, Tensor, Tensor]:
+                 probabilities: Tensor, activations: Sequence[str], statistics: tuple[Tensor, Tensor] | None, eps: float,
+                 workspace: Workspace) -> tuple[Tensor, Tensor, Tensor]:
     """Outputs (T, B, H) of the supernet's cell, and the means and variances (9 T, H) of what was normalised, in order.
 
     `probabilities` (E, K) are those of the alphas' softmax; `activations` are identity, relu if there is one, and others.
     Every state is normalised: by the batch, or by `statistics`, mean and variance (H,) each.
     """
     outputs, means, scales = _Supernet.apply(x, hidden, W_hidden, mask, probabilities, tuple(activations), statistics,
-                                             eps, torch.is_grad_enabled(), *Ws)
+                                             eps, workspace.loan(x), torch.is_grad_enabled(), *Ws)
     return outputs, means, scales ** -2 - eps
 
 
@@ -107,19 +108,19 @@ def _rows(steps: int) -> list[slice]:
 
 class _Supernet(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, hidden, W_hidden, mask, probabilities, activations, statistics, eps, learning, *Ws):
+    def forward(ctx, x, hidden, W_hidden, mask, probabilities, activations, statistics, eps, loan, learning, *Ws):
         T, B, H, steps, E, K = len(x), *hidden.shape, len(Ws), len(probabilities), len(activations)
         a = torch.empty_like(x)
-        before = x.new_empty(T + 1, B, H)      # hidden states; before[t + 1] is the output of time step t
+        before = loan.empty("before", T + 1, B, H)  # hidden states; before[t + 1] is the output of time step t
         before[0] = hidden
-        heard = x.new_empty(T, B, H)           # hidden states and, below, states as products hear them: masked
-        raw, states, states_heard = (x.new_empty(T, steps + 1, B, H) for _ in range(3))  # raw: before normalising
+        heard = loan.empty("heard", T, B, H)        # hidden states and, below, states as products hear them: masked
+        raw, states, states_heard = (loan.empty(f"states {n}", T, steps + 1, B, H) for n in range(3))  # raw: before normalising
         means, scales = (x.new_empty(T, steps + 1, H) for _ in range(2))
         if statistics is not None:
             means[:], scales[:] = statistics[0], (statistics[1] + eps).rsqrt()
-        d_edges = x.new_empty(T, E, B, 2, H) if learning else None  # multiply a new state's gradient, see _Piece.keep
-        stays = x.new_empty(T, E, B, H) if learning else None
-        terms = x.new_empty(T, E, K, B, H) if learning and ctx.needs_input_grad[4] else None
+        d_edges = loan.empty("edges", T, E, B, 2, H) if learning else None  # multiply a new state's gradient, see _Piece.keep
+        stays = loan.empty("stays", T, E, B, H) if learning else None
+        terms = loan.empty("terms", T, E, K, B, H) if learning and ctx.needs_input_grad[4] else None
 
         most = max(1, min(steps, PIECE // (B * H)))
         shared = _Mixtures(probabilities, activations, most, B, H)
@@ -167,10 +168,13 @@ class _Supernet(torch.autograd.Function):
                 normalise(t, i)
             torch.mv(averaged[t], share, out=outputs[t + 1])
         ctx.save_for_backward(a, before, heard, raw, states_heard, means, scales, d_edges, stays, terms, W_hidden, *Ws)
-        ctx.mask, ctx.batch, ctx.eps, ctx.used = mask, statistics is None, eps, False
+        ctx.mask, ctx.batch, ctx.eps, ctx.loan, ctx.used = mask, statistics is None, eps, loan, False
         means, scales = means.view(-1, H), scales.view(-1, H)
         ctx.mark_non_differentiable(means, scales)
-        return before[1:].clone(), means, scales
+        outputs = before[1:].clone()
+        if not learning:
+            loan.give_back()
+        return outputs, means, scales
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -182,7 +186,7 @@ class _Supernet(torch.autograd.Function):
         d_hidden, d_output = torch.zeros_like(before[0]), torch.empty_like(before[0])
         d = raw.new_empty(steps + 1, B, H)
         d_each = d.unbind()
-        d_Ws = [torch.zeros_like(W) if wanted else None for W, wanted in zip(Ws, needed[9:])]
+        d_Ws = [torch.zeros_like(W) if wanted else None for W, wanted in zip(Ws, needed[10:])]
         d_terms = None if terms is None else raw.new_zeros(E, terms.shape[2])
         stays_hidden = torch.empty_like(heard)
         halves = a.view(T, B, 2, H)
@@ -224,4 +228,5 @@ class _Supernet(torch.autograd.Function):
             torch.mul(stays_hidden[t], d_new, out=d_hidden)
             add_through(d_hidden, a_each[t] @ to_hidden, mask)
         d_W_hidden = heard.view(-1, H).t() @ a.view(-1, 2 * H) if needed[2] else None
-        return a, d_hidden, d_W_hidden, None, d_terms, None, None, None, None, *d_Ws
+        ctx.loan.give_back()
+        return a, d_hidden, d_W_hidden, None, d_terms, *[None] * 5, *d_Ws

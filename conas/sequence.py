@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from conas.recurrent_genotype import Genotype
+from conas.workspace import Workspace
 
 CACHED = 2 ** 18  # numbers of one kind that a cache holds along with some others of its size
 
@@ -67,10 +68,10 @@ class Plan:
         return share
 
 
-def run_cell(x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tensor], mask: Tensor | None, plan: Plan
-             ) -> Tensor:
+def run_cell(x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tensor], mask: Tensor | None, plan: Plan,
+             workspace: Workspace) -> Tensor:
     """Outputs (T, B, H) of a found cell; x (T, B, 2H) is what the words add to state 0, `hidden` (B, H) goes before."""
-    return _Cell.apply(x, hidden, W_hidden, mask, plan, *Ws)
+    return _Cell.apply(x, hidden, W_hidden, mask, plan, workspace.loan(x), torch.is_grad_enabled(), *Ws)
 
 
 def masked(x: Tensor, mask: Tensor | None, out: Tensor) -> Tensor:
@@ -106,14 +107,14 @@ def slopes(c: Tensor, f: Tensor, source: Tensor, runs: Sequence[tuple[str, slice
 
 class _Cell(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, hidden, W_hidden, mask, plan, *Ws):
+    def forward(ctx, x, hidden, W_hidden, mask, plan, loan, learning, *Ws):
         T, B, H = len(x), *hidden.shape
         a = torch.empty_like(x)
-        before = x.new_empty(T + 1, B, H)      # hidden states; before[t + 1] is the output of time step t
+        before = loan.empty("before", T + 1, B, H)  # hidden states; before[t + 1] is the output of time step t
         before[0] = hidden
-        heard = x.new_empty(1 + len(plan.groups), T, B, H)  # masked: hidden state, then groups' sources
-        states = x.new_empty(T, 1 + len(plan.steps), B, H)
-        gates = [x.new_empty(T, B, last - first, 2, H) for _, first, last in plan.groups]
+        heard = loan.empty("heard", 1 + len(plan.groups), T, B, H)  # masked: hidden state, then groups' sources
+        states = loan.empty("states", T, 1 + len(plan.steps), B, H)
+        gates = [loan.empty(f"gates {first}", T, B, last - first, 2, H) for _, first, last in plan.groups]
         weights = [torch.cat([Ws[i] for i in plan.steps[first:last]], dim=1) for _, first, last in plan.groups]
 
         groups = []  # for each group its matrix, and of all time steps the views of what it reads and writes
@@ -137,8 +138,11 @@ class _Cell(torch.autograd.Function):
                 torch.lerp(source[t], f[t], c[t], out=target[t])
             torch.mv(averaged[t], share, out=flat[t + 1])
         ctx.save_for_backward(a, before, heard, states, *gates, W_hidden, *weights)
-        ctx.mask, ctx.plan, ctx.used = mask, plan, False
-        return before[1:].clone()
+        ctx.mask, ctx.plan, ctx.loan, ctx.used = mask, plan, loan, False
+        outputs = before[1:].clone()
+        if not learning:
+            loan.give_back()
+        return outputs
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -187,5 +191,7 @@ class _Cell(torch.autograd.Function):
         needed, d_Ws = ctx.needs_input_grad, [None] * len(plan.steps)
         for part, ((_, first, last), gate) in enumerate(zip(plan.groups, gates), start=1):
             for step, values in zip(plan.steps[first:last], gate.unbind(2)):
-                d_Ws[step] = gradient(part, values) if needed[5 + step] else None
-        return a, d_hidden, gradient(0, a) if needed[2] else None, None, None, *d_Ws
+                d_Ws[step] = gradient(part, values) if needed[7 + step] else None
+        d_W_hidden = gradient(0, a) if needed[2] else None
+        ctx.loan.give_back()
+        return a, d_hidden, d_W_hidden, None, None, None, None, *d_Ws
