@@ -155,7 +155,8 @@ class _Cell(torch.autograd.Function):
         slots = states.shape[1]
         share = plan.share(states)[:, None, None]
         d, d_hidden, d_output = states.new_empty(slots, B, H), torch.zeros_like(before[0]), torch.empty_like(before[0])
-        d_slots = d.unbind()
+        d_slots, d_heard = d.unbind(), torch.empty_like(before[0])
+        d_state = d_slots[0]
         back, to_hidden = [W.t().contiguous() for W in weights], W_hidden.t().contiguous()
 
         span = max(1, CACHED // (slots * B * H))  # time steps whose slopes are made at once
@@ -172,18 +173,18 @@ class _Cell(torch.autograd.Function):
                 through = [(d_new, stay.unbind()) for d_new, stay in zip(d_slots[targets], kept[targets])]
                 groups.append((W, d_slots[source], d[targets], through, gate.permute(0, 3, 2, 1, 4).unbind(),
                                gate.view(len(gate), B, -1).unbind()))
-            products, halves, stays_hidden = products.unbind(), halves.unbind(), kept[0].unbind()
-            for t in reversed(range(len(products))):
-                torch.add(d_outputs[part.start + t], d_hidden, out=d_output)
-                torch.mul(d_output, share, out=d)
-                for W, d_source, d_targets, through, values, product in reversed(groups):
+            groups.reverse()
+            each = zip(d_outputs[part].unbind(), products.unbind(), halves.unbind(), kept[0].unbind())
+            for t, (d_out, product, half, stay) in reversed(list(enumerate(each))):
+                torch.mul(torch.add(d_out, d_hidden, out=d_output), share, out=d)
+                for W, d_source, d_targets, through, values, values_flat in groups:
                     values[t].mul_(d_targets)
-                    for d_new, stay in through:
-                        d_source.addcmul_(stay[t], d_new)
-                    add_through(d_source, product[t] @ W, mask)
-                halves[t].mul_(d_slots[0][:, None])
-                torch.mul(stays_hidden[t], d_slots[0], out=d_hidden)
-                add_through(d_hidden, products[t] @ to_hidden, mask)
+                    for d_new, stays_of in through:
+                        d_source.addcmul_(stays_of[t], d_new)
+                    add_through(d_source, torch.mm(values_flat[t], W, out=d_heard), mask)
+                half.mul_(d_state[:, None])
+                torch.mul(stay, d_state, out=d_hidden)
+                add_through(d_hidden, torch.mm(product, to_hidden, out=d_heard), mask)
 
         def gradient(part: int, values: Tensor) -> Tensor:
             return heard[part].view(T * B, H).t() @ values.reshape(T * B, -1)
