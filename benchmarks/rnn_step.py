@@ -32,8 +32,8 @@ RATE, DECAY, CLIP, SLOWNESS = 20.0, 5e-7, 0.25, 1e-3
 RATES = DropoutOptions()
 SMALL = {"nhid": 64, "batch_size": 32, "words": 2000, "bptt": 35}
 DARTS_SEARCH = {"nhid": 300, "batch_size": 256, "words": 10_000, "bptt": 35}
-SIZES = {"small": {"search": SMALL, "train": SMALL, "cell": SMALL},
-         "darts": {"search": DARTS_SEARCH, "train": DARTS_SEARCH | {"nhid": 850, "batch_size": 64},
+SIZES = {"small": {"train": SMALL, "search": SMALL, "cell": SMALL},
+         "darts": {"train": DARTS_SEARCH | {"nhid": 850, "batch_size": 64}, "search": DARTS_SEARCH,
                    "cell": DARTS_SEARCH}}
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from conas.sequence import once
 
-ROWS = 512  # of a piece, at the least: enough for a product to be fast
-ELEMENTS = {"cpu": 2 ** 20, "cuda": 2 ** 26}  # of a piece, if that is more rows
+ROWS = 256  # of a piece, at the least: enough for a product to be fast
+ELEMENTS = {"cpu": 2 ** 19, "cuda": 2 ** 26}  # of a piece, if that is more rows
 
 
 def decoded_loss(x: Tensor, weight: Tensor, bias: Tensor, targets: Tensor) -> Tensor:
