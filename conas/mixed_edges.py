@@ -17,7 +17,7 @@ class Shared:
 
     def __init__(self, probabilities: Tensor, activations: Sequence[str], n: int, B: int, H: int):
         p, curves = probabilities, 1 + activations.count("relu")  # the first row of sigmoid and tanh
-        tanh = torch.tensor([name == "tanh" for name in activations[curves:]], device=p.device)
+        tanh = torch.tensor([name == "tanh" for name in activations[curves:]], dtype=torch.bool, device=p.device)
         curved = p[:, curves:]
         # slopes: p (f - f^2) of sigmoid, p (1 - f^2) of tanh, p of relu where it is not 0, p of identity
         slope = [curved * ~tanh, -curved, p[:, 1:curves], p[:, :1] + (curved * tanh).sum(dim=1, keepdim=True)]
