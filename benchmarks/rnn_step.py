@@ -1,14 +1,15 @@
 """The step of a recurrent search and of a recurrent training, against a textbook loop over time steps.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.rnn_step                      # small enough for a CPU
-    python -m benchmarks.rnn_step --device cuda --nhid 300 --batch_size 256 --words 10000
+    OMP_NUM_THREADS=1 python -m benchmarks.rnn_step                           # small enough for a CPU
+    OMP_NUM_THREADS=1 python -m benchmarks.rnn_step --size darts --bptt 10    # with all 35 words, 16 GB of memory
+    python -m benchmarks.rnn_step --device cuda --size darts
 
 Both have the same sizes, batch and dropout rates. The textbook (`benchmarks/textbook_rnn.py`) draws masks where it uses
 them and lets autograd record every operation of every time step; it takes the same four passes for the alphas.
 `search` is an alpha step of second order and a weight step, `train` a weight step with DARTS_V2, `cell` forward and
 backward of the supernet's cell alone. They take turns in one process, and each round gives one ratio, of processor time
 with one thread on a CPU, else of elapsed time. Prints medians with the quartiles, and writes
-benchmarks/results/rnn_step-DEVICE.json.
+benchmarks/results/rnn_step-DEVICE.json, or rnn_step_darts-DEVICE.json.
 """
 import argparse
 import time
@@ -20,7 +21,7 @@ from torch import nn
 from benchmarks import textbook_rnn
 from benchmarks.machine import machine, spread, write
 from conas.cli import find_device
-from conas.language import draw_masks, weight_step
+from conas.language import draw_masks, weight_optimizer, weight_step
 from conas.language_options import DropoutOptions
 from conas.recurrent import RecurrentNetwork, TextBatch
 from rnn.architect import Architect
@@ -29,6 +30,11 @@ from rnn.model_search import Network
 
 RATE, DECAY, CLIP, SLOWNESS = 20.0, 5e-7, 0.25, 1e-3
 RATES = DropoutOptions()
+SMALL = {"nhid": 64, "batch_size": 32, "words": 2000, "bptt": 35}
+DARTS_SEARCH = {"nhid": 300, "batch_size": 256, "words": 10_000, "bptt": 35}
+SIZES = {"small": {"train": SMALL, "search": SMALL, "cell": SMALL},
+         "darts": {"train": DARTS_SEARCH | {"nhid": 850, "batch_size": 64}, "search": DARTS_SEARCH,
+                   "cell": DARTS_SEARCH}}
 
 
 def textbook_loss(network: textbook_rnn.Network, batch: TextBatch, slowness: float = 0.0) -> torch.Tensor:
@@ -70,9 +76,9 @@ def textbook_weight_step(network: textbook_rnn.Network, sgd: torch.optim.SGD, ba
     sgd.step()
 
 
-def tasks(options: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Callable[[], None]]]:
+def tasks(size: dict[str, int], device: torch.device) -> dict[str, dict[str, Callable[[], None]]]:
     """For each task, a step of ours and one of the textbook."""
-    words, units, B, T = options.words, options.nhid, options.batch_size, options.bptt
+    words, units, B, T = size["words"], size["nhid"], size["batch_size"], size["bptt"]
     generator = torch.Generator(device).manual_seed(0)
     rates = {name: getattr(RATES, name) for name in ("dropout", "dropouth", "dropoutx", "dropouti", "dropoute")}
     torch.manual_seed(0)
@@ -82,11 +88,9 @@ def tasks(options: argparse.Namespace, device: torch.device) -> dict[str, dict[s
     plain = textbook_rnn.Network(words, units, recurrent=DARTS_V2.recurrent, **rates)
     book, plain = book.to(device), plain.to(device)
 
-    def sgd(parameters) -> torch.optim.SGD:
-        return torch.optim.SGD(parameters, lr=RATE, weight_decay=DECAY)
-
-    ours_sgd, book_sgd = sgd(supernet.weights().values()), sgd([p for p in book.parameters() if p is not book.alphas])
-    network_sgd, plain_sgd = sgd(network.parameters()), sgd(plain.parameters())
+    ours_sgd, network_sgd = (weight_optimizer(of, RATE, DECAY) for of in (supernet, network))
+    book_sgd, plain_sgd = (torch.optim.SGD([p for name, p in of.named_parameters() if name != "alphas"], lr=RATE,
+                                           weight_decay=DECAY) for of in (book, plain))
     architect, adam = Architect(supernet, ours_sgd), torch.optim.Adam([book.alphas], lr=3e-3, weight_decay=1e-3)
     tokens = torch.randint(words, (4, T, B), device=device)
 
@@ -130,14 +134,20 @@ def tasks(options: argparse.Namespace, device: torch.device) -> dict[str, dict[s
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("nhid", 64), ("batch_size", 32), ("words", 2000), ("bptt", 35), ("rounds", 9)):
-        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--size", choices=list(SIZES), default="small")
+    for name in SMALL:
+        parser.add_argument(f"--{name}", type=int, help="in place of that of --size")
+    parser.add_argument("--tasks", nargs="+", choices=list(SIZES["small"]), default=list(SIZES["small"]))
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     device = find_device(options.device)
     clock = time.process_time if device.type == "cpu" and torch.get_num_threads() == 1 else time.perf_counter
+    given = {name: value for name in SMALL if (value := getattr(options, name)) is not None}
     result = {}
-    for task, steps in tasks(options, device).items():
+    for task in options.tasks:
+        size = SIZES[options.size][task] | given
+        steps = tasks(size, device)[task]  # what other tasks need is freed
         taken: dict[str, list[float]] = {name: [] for name in steps}
         for turn in range(-1, options.rounds):  # the first turn pays for what is done once
             for name in sorted(steps, reverse=turn % 2 == 1):
@@ -150,14 +160,16 @@ def main() -> None:
                 if turn >= 0:
                     taken[name].append(clock() - began)
         result[task] = {"textbook_over_ours": spread([t / o for o, t in zip(taken["ours"], taken["textbook"])]),
-                        "milliseconds": {name: spread([1000 * s for s in seconds]) for name, seconds in taken.items()}}
+                        "milliseconds": {name: spread([1000 * s for s in seconds]) for name, seconds in taken.items()},
+                        "size": size}
         low, high = result[task]["textbook_over_ours"]["quartiles"]
         milliseconds = {name: value["median"] for name, value in result[task]["milliseconds"].items()}
         print(f"{task:6}  {result[task]['textbook_over_ours']['median']:.2f} times as fast as the textbook (quartiles "
               f"{low:.2f} to {high:.2f}, n = {options.rounds}); {milliseconds['ours']:.0f} ms against "
               f"{milliseconds['textbook']:.0f} ms", flush=True)
-    result |= {"n": options.rounds, "options": vars(options), "clock": clock.__name__} | machine(device)
-    print(f"written: {write(f'rnn_step-{device.type}', result)}")
+    result |= {"n": options.rounds, "clock": clock.__name__} | machine(device)
+    name = "rnn_step" if options.size == "small" else f"rnn_step_{options.size}"
+    print(f"written: {write(f'{name}-{device.type}', result)}")
 
 
 if __name__ == "__main__":

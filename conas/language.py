@@ -76,6 +76,11 @@ def without_alphas(network: LanguageModel) -> Iterator[None]:
             alpha.requires_grad_(True)
 
 
+def weight_optimizer(network: LanguageModel, lr: float, weight_decay: float) -> torch.optim.SGD:
+    """SGD without momentum of all weights but the alphas; each is read and written once, in one pass over memory."""
+    return torch.optim.SGD(network.packing(), lr=lr, weight_decay=weight_decay, fused=True)
+
+
 def weight_step(network: LanguageModel, optimizer: torch.optim.SGD, batch: TextBatch, *, grad_clip: float,
                 slowness: float, activity: float = 0.0, skip: bool = False) -> Tensor:
     """One SGD step of the weights on the loss with its regularisers (Merity et al., arXiv:1708.02182, section 4.7).

@@ -18,6 +18,7 @@ from conas.language import (
     evaluate,
     perplexity,
     validation_text,
+    weight_optimizer,
     weight_step,
 )
 from conas.language_files import restore
@@ -56,7 +57,7 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
 
     seed_generators(options.seed)
     network = space.network(len(corpus.words), units.nhid).to(device)
-    optimizer = torch.optim.SGD(network.weights().values(), lr=sgd.lr, weight_decay=sgd.wdecay)
+    optimizer = weight_optimizer(network, sgd.lr, sgd.wdecay)
     architect = architect_class(network, optimizer, arch_learning_rate=alphas.arch_lr,
                                 arch_weight_decay=alphas.arch_wdecay, unrolled=alphas.unrolled, grad_clip=sgd.clip)
     about, skip = corpus.about(), keep.on_nan == "skip"

@@ -14,7 +14,16 @@ from conas.cli import find_device, parse
 from conas.config import KeepOptions
 from conas.errors import InputError
 from conas.keeper import Keeper, seed_generators
-from conas.language import Reader, Schedule, TextCourse, evaluate, perplexity, validation_text, weight_step
+from conas.language import (
+    Reader,
+    Schedule,
+    TextCourse,
+    evaluate,
+    perplexity,
+    validation_text,
+    weight_optimizer,
+    weight_step,
+)
 from conas.language_files import choose_cell, named_genotypes, restore
 from conas.language_options import (
     HINT,
@@ -91,7 +100,7 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
 
     seed_generators(options.seed)
     network = RecurrentNetwork(len(corpus.words), units.nhid, genotype).to(device)
-    optimizer = torch.optim.SGD(network.parameters(), lr=sgd.lr, weight_decay=sgd.wdecay)
+    optimizer = weight_optimizer(network, sgd.lr, sgd.wdecay)
     about, skip = corpus.about(), keep.on_nan == "skip"
     with Run(space.train_folder(folder_name(options.save)), arguments) as run, \
             Keeper(run, keep.checkpoint_minutes) as keeper:

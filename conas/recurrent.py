@@ -21,6 +21,7 @@ from conas.decoder import decoded_loss
 from conas.mixed_sequence import run_supernet
 from conas.recurrent_genotype import EDGES, STEPS, Genotype, check, derive
 from conas.sequence import Plan, run_cell
+from conas.workspace import Workspace
 
 INIT_RANGE = 0.04
 
@@ -75,6 +76,7 @@ class LanguageModel(nn.Module):
         self.decoder.weight = self.encoder.weight
         nn.init.uniform_(self.encoder.weight, -INIT_RANGE, INIT_RANGE)
         nn.init.zeros_(self.decoder.bias)
+        self._workspace = Workspace()
 
     def run(self, x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         """Outputs (T, B, H), from what the words add to state 0: x (T, B, 2H)."""
@@ -141,7 +143,7 @@ class RecurrentNetwork(LanguageModel):
         self._genotype, self._plan = genotype, Plan(genotype)
 
     def run(self, x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tensor], mask: Tensor | None) -> Tensor:
-        return run_cell(x, hidden, W_hidden, Ws, mask, self._plan)
+        return run_cell(x, hidden, W_hidden, Ws, mask, self._plan, self._workspace)
 
     def genotype(self) -> Genotype:
         return self._genotype
@@ -161,7 +163,8 @@ class RecurrentSupernet(LanguageModel):
         super().__init__(words, units, RecurrentCell(units, STEPS, normalised=True))
         self.alphas_recurrent = nn.Parameter(1e-3 * torch.randn(EDGES, len(self.primitives)))
         self.frozen = False  # see `conas.supernet.frozen_statistics`
-        self._active = [k for k, name in enumerate(self.primitives) if name not in ("none", "identity")]
+        self._active = sorted((k for k, name in enumerate(self.primitives) if name not in ("none", "identity")),
+                              key=lambda k: self.primitives[k] != "relu")  # as `run_supernet` wants them
 
     def run(self, x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         bn = self.rnns[0].bn
@@ -172,7 +175,7 @@ class RecurrentSupernet(LanguageModel):
         statistics = None if self.training else (bn.running_mean, bn.running_var)
         activations = ["identity", *(self.primitives[k] for k in self._active)]
         outputs, means, variances = run_supernet(x, hidden, W_hidden, Ws, mask, probabilities, activations, statistics,
-                                                 bn.eps)
+                                                 bn.eps, self._workspace)
         if self.training and not self.frozen:
             self._follow(means, variances * (len(hidden) / (len(hidden) - 1)))
         return outputs

@@ -9,7 +9,7 @@ from torch import nn
 from benchmarks import textbook_rnn
 from conas.draw_recurrent import draw_recurrent
 from conas.errors import InputError
-from conas.language import draw_masks, weight_step
+from conas.language import draw_masks, weight_optimizer, weight_step
 from conas.language_options import DropoutOptions
 from conas.recurrent import Masks, RecurrentNetwork, TextBatch
 from conas.recurrent_genotype import EDGES, Genotype, derive, from_json
@@ -231,7 +231,7 @@ def test_hypergradient_against_double_backward(smooth_search):
 def test_weight_step_is_clipped_sgd_with_both_regularisers():
     network = spread(RecurrentNetwork(V, H, CELLS["DARTS_V1"]))
     batch = text_batch(network, DropoutOptions())
-    optimizer = torch.optim.SGD(network.parameters(), lr=2.0, weight_decay=0.1)
+    optimizer = weight_optimizer(network, 2.0, 0.1)
     before = [p.detach().clone() for p in network.parameters()]
     expected, outputs = network.loss(batch)
     change, dropped = outputs[1:] - outputs[:-1], outputs * batch.masks.outputs
