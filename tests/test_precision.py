@@ -1,4 +1,9 @@
-"""What packing may not change: in float32, the hypergradient is as near to float64's as the textbook code's is."""
+"""What packing may not change: in float32, the hypergradient is as near to float64's as the textbook code's is.
+
+    python -m tests.test_precision 84        # mean and median over 84 batches: about three minutes
+"""
+import sys
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -8,7 +13,8 @@ from conas.statistics import Statistics
 from conas.synced import Pool, batch_norm_
 from tests.parity import fill, set_alphas
 
-BATCHES, CHANNELS, LAYERS, BATCH, SIZE = 24, 4, 3, 8, 16
+CHANNELS, LAYERS, BATCH, SIZE = 4, 3, 8, 16
+KINK = 1e-4  # errors by rounding alone are a few 1e-6
 
 
 def hypergradient(name: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
@@ -22,15 +28,24 @@ def hypergradient(name: str, dtype: torch.dtype, seed: int) -> torch.Tensor:
     return contestant.hypergradient().double()
 
 
-def test_float32_is_as_near_to_float64_as_the_textbook():
-    """Kinks of ReLU and max pooling amplify rounding now and then, so it takes many batches to see a difference."""
-    errors = {"textbook": [], "ours": []}
-    for seed in range(BATCHES):
+def errors(batches: int) -> dict[str, torch.Tensor]:
+    """Relative distances of float32's hypergradients from float64's, of both implementations."""
+    found = {"textbook": [], "ours": []}
+    for seed in range(batches):
         exact = hypergradient("ours", torch.float64, seed)
-        for name, of in errors.items():
+        for name, of in found.items():
             of.append(((hypergradient(name, torch.float32, seed) - exact).norm() / exact.norm()).item())
-    ours, expected = (torch.tensor(errors[name]) for name in ("ours", "textbook"))
-    assert ours.mean() <= 1.3 * expected.mean() and ours.median() <= 2 * expected.median(), errors
+    return {name: torch.tensor(of) for name, of in found.items()}
+
+
+def test_float32_is_as_near_to_float64_as_the_textbook():
+    """Both in rounding and in how often that crosses a kink of ReLU or max pooling, which costs a thousand times more.
+
+    The mean hangs on these few: twenty batches are enough to count them, but not for a mean.
+    """
+    found = errors(20)
+    assert found["ours"].median() <= 1.5 * found["textbook"].median(), found
+    assert (found["ours"] > KINK).sum() <= (found["textbook"] > KINK).sum() + 5, found
 
 
 def test_batch_norm_of_channels_last_maps_keeps_its_digits():
@@ -57,3 +72,8 @@ def test_batch_norm_in_place_is_the_library_s(maps):
     torch.testing.assert_close(variance[:, 0], x[:maps].var((1, 2, 3), correction=0))
     gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (found, expected)]
     torch.testing.assert_close(*gradients)
+
+
+if __name__ == "__main__":
+    for name, of in errors(int(sys.argv[1])).items():
+        print(f"{name}: mean {of.mean():.2e}, median {of.median():.2e}, above {KINK}: {(of > KINK).sum()} of {len(of)}")
