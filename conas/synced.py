@@ -76,7 +76,7 @@ class _BatchNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps, pool, maps):
         part = x if maps is None else x[:maps]
-        rows = part.reshape(len(part), -1, x.shape[-1])
+        rows = (part.reshape if maps is None else part.view)(len(part), -1, x.shape[-1])  # a copy would not be in place
         exact = rows if x.dtype == torch.float64 else rows.float()
         # derivatives of second order need every step of the way
         own = maps is not None and not is_twice_differentiable() and not torch.compiler.is_compiling()
