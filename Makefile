@@ -51,7 +51,6 @@ demo-rnn: .venv/.core
 
 test: .venv/.dev
 	$(BIN)/python -m pytest -n auto --dist loadfile
-	$(BIN)/python -m tests.parity tests/space1_seed0.npz tests/space2_seed0.npz tests/space3_seed0.npz tests/rnn_seed0.npz
 
 # Kill a search and a training at every place that matters and start them again: about ten minutes.
 torture: .venv/.dev
