@@ -46,16 +46,10 @@ def mix(z: Tensor | None, inner: Tensor | None, mean: Tensor, weight: Tensor, p:
     return out, inner
 
 
-def running_scale(weight: Tensor | None, p: Tensor | None, norms: Sequence[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
-    """`scaled` (K, C in, C out) and `shift` (K, 1, C) with p BatchNorm(W z) = z scaled + shift, by running statistics.
-
-    Without a weight, W is the identity, and its scale of each channel is (K, 1, C).
-    """
-    mean, variance = Statistics.running(norms)
-    scale = (variance + EPS).rsqrt() if p is None else (variance + EPS).rsqrt() * p[:, None, None]
-    if weight is None:
-        return scale, -scale * mean
-    return (scale * weight.transpose(1, 2)).to(weight.dtype), (-scale * mean).to(weight.dtype)
+def running_scale(weight: Tensor, p: Tensor | None, norms: Sequence[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
+    """`scaled` (K, C in, C out) and `shift` (K, 1, C), by running statistics: p BatchNorm(W z) = z scaled + shift."""
+    scale, shift = Statistics.running_scale(norms, p)
+    return (scale * weight.transpose(1, 2)).to(weight.dtype), shift.to(weight.dtype)
 
 
 def in_rows(z: Tensor) -> Tensor:

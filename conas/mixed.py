@@ -118,8 +118,11 @@ class MixedEdges:
         """All maps that need no pointwise convolution, one after another; None if there are none."""
         maps = self._pools(x) + ([x] if self.skip else []) + own
         plain = torch.cat(maps) if maps else None
-        norms = [op[1] for name in self.pools for op in self.ops[name]]
-        return statistics.normalise_(plain, norms, len(norms) // self.E) if norms else plain
+        return statistics.normalise_(plain, self._pool_norms(), len(self.pools) * self.S) if self.pools else plain
+
+    def _pool_norms(self):
+        """Of every edge, by pool."""
+        return [op[1] for name in self.pools for op in self.ops[name]]
 
     def _own(self, rectified, weights, statistics):
         maps, edges = [], self.S * self.E
@@ -172,11 +175,11 @@ class MixedEdges:
         shape, pools = (self.E, *_after(x, self.stride)), len(self.pools) * self.S
         out = (q[:, pools:] @ torch.cat(rest).flatten(1)).view(shape) if rest else x.new_zeros(shape)
         if pools:
-            norms = [op[1] for name in self.pools for op in self.ops[name]]
-            scale, shift = running_scale(None, q[:, :pools].t().flatten(), norms)
-            for pooled, by in zip(torch.cat(self._pools(x)), scale.to(x.dtype).view(pools, self.E, 1, 1, 1, -1)):
+            scale, shift = (t.to(x.dtype).view(pools, self.E, 1, 1, 1, -1)
+                            for t in statistics.running_scale(self._pool_norms(), q[:, :pools].t().flatten()))
+            for pooled, by in zip(torch.cat(self._pools(x)), scale):
                 out.addcmul_(pooled, by)
-            out += shift.to(x.dtype).view(pools, self.E, 1, 1, 1, -1).sum(0)
+            out += shift.sum(0)
         return out
 
 

@@ -36,6 +36,14 @@ class Statistics:
         return (torch.stack([norm.running_mean for norm in norms])[:, None],
                 torch.stack([norm.running_var for norm in norms])[:, None])
 
+    @staticmethod
+    def running_scale(norms: Sequence[nn.BatchNorm2d], p: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """`scale` and `shift`, (len(norms), 1, C) each, with p BatchNorm(x) = x scale + shift; p (len(norms),) or 1."""
+        mean, variance = Statistics.running(norms)
+        scale = (variance + norms[0].eps).rsqrt()
+        scale = scale if p is None else scale * p[:, None, None]
+        return scale, -scale * mean
+
     def normalise(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], weight: Tensor | None = None,
                   bias: Tensor | None = None) -> Tensor:
         """BatchNorm of x (N, H, W, channels), whose channels are those of all norms one after another."""
@@ -51,9 +59,8 @@ class Statistics:
     def normalise_(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], maps: int | None = None) -> Tensor:
         """BatchNorm of the first `maps` of x (K, N, H, W, C), in place: see `synced.batch_norm_`."""
         if not self.batch:
-            mean, variance = (statistic[:, None, None] for statistic in self.running(norms))
-            scale = (variance + norms[0].eps).rsqrt()
-            return torch.addcmul((-scale * mean).to(x.dtype), x, scale.to(x.dtype))
+            scale, shift = (t[:, None, None].to(x.dtype) for t in self.running_scale(norms))
+            return torch.addcmul(shift, x, scale)
         x, mean, variance = batch_norm_(x, norms[0].eps, self.pool, maps)
         self.add(norms, mean, None, variance, x[0].numel() // x.shape[-1])
         return x

@@ -77,15 +77,8 @@ def step_with_concat(book, state, mask, concat):
     return sum(states[i] for i in concat) / len(concat)
 
 
-@pytest.mark.parametrize("rates", [None, DropoutOptions(dropoute=0.3)], ids=["plain", "dropout"])
-@pytest.mark.parametrize("cell", [*CELLS, "supernet", "supernet in evaluation"])
-def test_loss_and_gradients_are_those_of_the_textbook(cell, rates):
-    network = spread(Network(V, H) if cell.startswith("supernet") else RecurrentNetwork(V, H, CELLS[cell]))
-    if cell == "supernet in evaluation":
-        network.eval()
-        network.rnns[0].bn.running_mean.normal_()
-        network.rnns[0].bn.running_var.uniform_(0.5, 2)
-    batch = text_batch(network, rates)
+def agree_with_textbook(network, batch):
+    """Loss, gradients and hidden state of both; returns the textbook's network."""
     expected, gradients, hidden, book = textbook_of(network, batch)
     loss, outputs = network.loss(batch)
     loss = loss + outputs.pow(2).mean()
@@ -95,6 +88,18 @@ def test_loss_and_gradients_are_those_of_the_textbook(cell, rates):
     assert not batch.after.requires_grad
     for name, p in network.named_parameters():
         torch.testing.assert_close(p.grad, gradients[name], msg=name)
+    return book
+
+
+@pytest.mark.parametrize("rates", [None, DropoutOptions(dropoute=0.3)], ids=["plain", "dropout"])
+@pytest.mark.parametrize("cell", [*CELLS, "supernet", "supernet in evaluation"])
+def test_loss_and_gradients_are_those_of_the_textbook(cell, rates):
+    network = spread(Network(V, H) if cell.startswith("supernet") else RecurrentNetwork(V, H, CELLS[cell]))
+    if cell == "supernet in evaluation":
+        network.eval()
+        network.rnns[0].bn.running_mean.normal_()
+        network.rnns[0].bn.running_var.uniform_(0.5, 2)
+    book = agree_with_textbook(network, text_batch(network, rates))
     if cell.startswith("supernet"):
         torch.testing.assert_close(network.rnns[0].bn.running_mean, book.rnns[0].bn.running_mean)
         torch.testing.assert_close(network.rnns[0].bn.running_var, book.rnns[0].bn.running_var)

@@ -12,7 +12,7 @@ from conas.language_options import DropoutOptions
 from conas.recurrent import RecurrentNetwork
 from conas.workspace import Workspace
 from rnn.model_search import Network
-from tests.test_recurrent import CELLS, B, H, T, V, float64, spread, text_batch, textbook_of
+from tests.test_recurrent import CELLS, B, H, T, V, agree_with_textbook, float64, spread, text_batch
 
 __all__ = ["float64"]  # a fixture, of every test here too
 KINDS = {"supernet": Network, **{name: lambda *size, cell=cell: RecurrentNetwork(*size, cell)
@@ -22,17 +22,6 @@ KINDS = {"supernet": Network, **{name: lambda *size, cell=cell: RecurrentNetwork
 def gradients(network, batch) -> dict[str, torch.Tensor]:
     parameters = dict(network.named_parameters())
     return dict(zip(parameters, torch.autograd.grad(network.loss(batch)[0], list(parameters.values()))))
-
-
-def agree_with_textbook(network, batch) -> None:
-    expected, by_name, hidden, _ = textbook_of(network, batch)
-    loss, outputs = network.loss(batch)
-    loss = loss + outputs.pow(2).mean()
-    loss.backward()
-    torch.testing.assert_close(loss, expected)
-    torch.testing.assert_close(batch.after, hidden.detach())
-    for name, p in network.named_parameters():
-        torch.testing.assert_close(p.grad, by_name[name], msg=name)
 
 
 @pytest.mark.parametrize("numbers", [1, 3 * B * H, 20 * B * H])  # one edge or time step at a time, and some at a time
