@@ -43,9 +43,9 @@ def convolve(x: Tensor, weights: Sequence[Tensor], stride: int = 1, dilation: in
     Each weight (G*C, 1, k, k) serves G groups. x (S, N, H, W, C) holds the inputs of all groups of all weights if S is
     their number; else S states, each read by G/S groups of every weight. If `again` is given, x is not kept for the
     backward pass, but computed by it once more.
-    Returns z (all groups, N, ceil(H/stride), ceil(W/stride), C) and, if `centred`, its mean (all groups, 1, C) over the
-    images of that pool, which is then subtracted from z. `centred` is for use ahead of BatchNorm only: the gradient is
-    right if that of z has mean zero.
+    Returns z (all groups, N, ceil(H/stride), ceil(W/stride), C) and, if `centred`, what was added to it, less its mean
+    (all groups, 1, C) over the images of that pool. `centred` is for use ahead of BatchNorm only: the gradient is right
+    if that of z has mean zero.
     """
     return fused(_Convolve, x, stride, dilation, centred, again, *weights)
 
@@ -75,11 +75,11 @@ class _Convolve(torch.autograd.Function):
             biases = [None] * len(blocks) if shift is None else shift.view(len(blocks), -1).unbind()
             outs += [_convolution(block, kernel, stride, dilation, bias)
                      for block, kernel, bias in zip(blocks, weight.chunk(len(blocks)), biases)]
-        mean = None
+        added = None
         if centred:
-            mean = torch.cat(shifts).neg()[:, None]
-            ctx.mark_non_differentiable(mean)
-        return _pack(outs, x.shape[-1]), mean
+            added = torch.cat(shifts)[:, None]
+            ctx.mark_non_differentiable(added)
+        return _pack(outs, x.shape[-1]), added
 
     @staticmethod
     @once_differentiable
@@ -93,9 +93,8 @@ class _Convolve(torch.autograd.Function):
             d_x = _input_gradient(ctx.shape, weights, grads, *ctx.settings)
         if ctx.needs_input_grad[5]:
             x = ctx.again.compute(*kept) if ctx.again else kept[0]
-            parts = x.split(groups) if len(x) == sum(groups) else [x] * len(groups)
-            d_weights = [_weight_gradient(*share, *ctx.settings, ctx.small)
-                         for share in zip(parts, _inputs(x, groups, ctx.small), weights, grads)]
+            d_weights = [_weight_gradient(*share, *ctx.settings)
+                         for share in zip(_inputs(x, groups, ctx.small), weights, grads)]
         return d_x, None, None, None, None, *d_weights
 
 
@@ -149,48 +148,54 @@ def _input_gradient(shape, weights, grads, stride, dilation):
     (S, N, H, W, C), sums = shape, []
     separate = sum(_groups(shape, weights)) == S
     for weight, blocks in zip(weights, grads):
-        if stride == 1:
-            kernels = weight.flip(2, 3).chunk(len(blocks))
-            parts = [_convolution(g, kernel, 1, dilation) for g, kernel in zip(blocks, kernels)]
-        else:
-            padding = dilation * (weight.shape[-1] // 2)
-            x = blocks[0].new_empty(N, H, W, blocks[0].shape[1]).permute(0, 3, 1, 2)  # of which only the shape is read
-            parts = [_gradients(g, x, kernel, stride, dilation, padding, (True, False))[0]
-                     for g, kernel in zip(blocks, weight.chunk(len(blocks)))]
-        if separate or not sums:
-            sums += parts
-        else:  # several weights read the same states
-            for total, part in zip(sums, parts):
-                total += part
-    if separate:
+        E = 1 if separate else len(blocks) // S or 1  # of the blocks that read the same state
+        kernels = (weight.flip(2, 3) if stride == 1 else weight).chunk(len(blocks))
+        for i, (g, kernel) in enumerate(zip(blocks, kernels)):
+            if stride == 1:
+                part = _convolution(g, kernel, 1, dilation)
+            else:
+                x = g.new_empty(N, H, W, g.shape[1]).permute(0, 3, 1, 2)  # of which only the shape is read
+                part = _gradients(g, x, kernel, stride, dilation, dilation * (kernel.shape[-1] // 2), (True, False))[0]
+            if separate or i // E == len(sums):
+                sums.append(part)
+            else:
+                sums[i // E] += part
+    if separate or len(sums) == S > 1 or sums[0].shape[1] == C:
         return _pack(sums, C)
-    share = len(weights[0]) // C // S
-    if len(sums) == 1:
-        return sums[0].permute(0, 2, 3, 1).view(N, H, W, S, share, C).sum(4).permute(3, 0, 1, 2, 4)
-    for i in range(0, len(sums), share):
-        for part in sums[i + 1:i + share]:
-            sums[i] += part
-    return _pack(sums[::share], C)
+    return sums[0].permute(0, 2, 3, 1).view(N, H, W, S, -1, C).sum(4).permute(3, 0, 1, 2, 4)
 
 
-def _weight_gradient(x, blocks, weight, grads, stride, dilation, small):
-    k = weight.shape[-1]
-    inputs, padding = [(blocks, weight)], dilation * (k // 2)
-    if k > 3 and dilation == 1 and x.device.type == "cpu":
-        # columns s to s+2 of the kernel, from an input that begins s columns later
-        inputs, padding = [], 0
-        for s in range(0, k - 2, 2):
-            left = k // 2 - s
-            right = stride * (grads[0].shape[3] - 1) + 3 - left - x.shape[3]
-            padded = pad(x, (0, 0, left, right, k // 2, k // 2))
-            inputs.append((_blocks(padded, len(weight) // x.shape[-1], small), weight[..., :3]))
+def _weight_gradient(blocks, weight, grads, stride, dilation):
+    k, kernels = weight.shape[-1], weight.chunk(len(grads))
+    if k == 3 or dilation > 1 or weight.device.type != "cpu":
+        padding = dilation * (k // 2)
+        return _join([_gradients(g, block, kernel, stride, dilation, padding, (False, True))[1]
+                      for g, block, kernel in zip(grads, blocks, kernels)])
+    # columns s to s+2 of the kernel, from an input that begins s columns later
     columns = []
-    for blocks, weight in inputs:
-        parts = [_gradients(g, block, kernel, stride, dilation, padding, (False, True))[1]
-                 for g, block, kernel in zip(grads, blocks, weight.chunk(len(grads)))]
-        part = torch.cat(parts) if len(parts) > 1 else parts[0]
-        columns.append(part[..., 1:] if columns else part)
-    return torch.cat(columns, 3) if len(columns) > 1 else columns[0]
+    for s in range(0, k - 2, 2):
+        left = k // 2 - s
+        right = stride * (grads[0].shape[3] - 1) + 3 - left - blocks[0].shape[3]
+        parts, padded, inside = [], None, None
+        for g, block, kernel in zip(grads, blocks, kernels):
+            if block is not inside:
+                padded, inside = _padded(block, left, right, k // 2, padded), block
+            parts.append(_gradients(g, padded, kernel[..., :3], stride, dilation, 0, (False, True))[1])
+        columns.append(_join(parts)[..., 1 if s else 0:])
+    return torch.cat(columns, 3)
+
+
+def _padded(x: Tensor, left: int, right: int, rows: int, last: Tensor | None) -> Tensor:
+    """x (N, C, H, W) with zeros around it, in the memory of the `last` one, which has them already."""
+    if last is None:
+        return pad(x, (left, right, rows, rows))
+    x = x[..., :right] if right < 0 else x
+    last[:, :, rows:-rows, left:left + x.shape[3]] = x
+    return last
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _shifts(x: Tensor, weights: Sequence[Tensor], stride: int, dilation: int) -> list[Tensor]:

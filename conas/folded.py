@@ -21,28 +21,31 @@ from conas.synced import Pool
 EPS = 1e-5  # of nn.BatchNorm2d
 
 
-def halfway(z: Tensor, mean: Tensor, weight: Tensor, norms: Sequence[nn.BatchNorm2d], statistics: Statistics
+def halfway(z: Tensor, shift: Tensor, weight: Tensor, norms: Sequence[nn.BatchNorm2d], statistics: Statistics
             ) -> tuple[Tensor, Again | None]:
     """relu(BatchNorm(W z)), of the shape of z; weight (K, C, C). And, if it is cheap, what computes it again.
 
-    `mean` (K, 1, C) is the mean that has been subtracted from z.
+    `shift` (K, 1, C) is what has been added to z: less its mean.
     """
     again = None if torch.compiler.is_compiling() else Again(_halfway)  # a compiler decides for itself what to keep
     out, variance = fused(_Halfway, z, weight, statistics.pool, again)
-    statistics.add(norms, mean, weight, variance, z[0].numel() // z.shape[-1])
+    if statistics.keep:
+        statistics.add(norms, -shift, weight, variance, z[0].numel() // z.shape[-1])
     return out, again
 
 
-def mix(z: Tensor | None, inner: Tensor | None, mean: Tensor, weight: Tensor, p: Tensor, plain: Tensor | None,
-        q: Tensor, norms: Sequence[nn.BatchNorm2d], statistics: Statistics) -> tuple[Tensor | None, Tensor | None]:
+def mix(z: Tensor | None, inner: Tensor | None, shifts: Sequence[Tensor], weight: Tensor, p: Tensor,
+        plain: Tensor | None, q: Tensor, norms: Sequence[nn.BatchNorm2d], statistics: Statistics
+        ) -> tuple[Tensor | None, Tensor | None]:
     """For each of E edges the sum of p BatchNorm(W z) over its groups; group k is of edge k % E.
 
-    z and inner have groups of their own, in this order in weight (K, C, C), p (K,) and mean (K, 1, C), and a sum of
+    z and inner have groups of their own, in this order in weight (K, C, C), p (K,) and shifts (K, 1, C), and a sum of
     their own, (E, N, H, W, C). The sum of z includes sum_m q[:, m] plain[m], with plain (M, N, H, W, C) and q (E, M).
     """
     out, inner, variance = fused(_Mix, z, inner, weight, p, plain, q, statistics.pool)
-    pixels = (out if inner is None else inner)[0].numel() // weight.shape[-1]
-    statistics.add(norms, mean, weight, variance, pixels)
+    if statistics.keep:
+        pixels = (out if inner is None else inner)[0].numel() // weight.shape[-1]
+        statistics.add(norms, -torch.cat(list(shifts)), weight, variance, pixels)
     return out, inner
 
 
@@ -120,10 +123,13 @@ class _Halfway(torch.autograd.Function):
     def backward(ctx, grad, _):
         (z, out), folded = ctx.saved_tensors, ctx.folded
         rows, out = in_rows(z), ctx.again.compute(z, folded.scaled, last=True) if out is None else out
-        grad = in_rows(torch.ops.aten.threshold_backward(grad, out, 0))
+        # into memory that has just been used: the convolution behind keeps no gradient, and `out` will have served
+        own = {} if ctx.again is None else {"grad_input": grad}
+        grad = in_rows(torch.ops.aten.threshold_backward(grad, out, 0, **own))
         grad -= folded.pool.mean(_mean(grad))  # z is centred, so its gradient is
         d_weight, _, matrix = folded.backward(_products(rows, grad))
-        d_z = torch.bmm(rows, matrix).baddbmm_(grad, folded.scaled.transpose(1, 2))
+        made = None if ctx.again is None else in_rows(out)
+        d_z = torch.bmm(rows, matrix, out=made).baddbmm_(grad, folded.scaled.transpose(1, 2))
         return d_z.view(z.shape), d_weight, None, None
 
 

@@ -73,14 +73,14 @@ class MixedEdges:
         if not statistics.batch:
             return self._by_running_statistics(x, p, q, weights, statistics)
         rectified = x.relu()
-        z, z_mean = self._separable(rectified, weights, statistics)
-        inner, inner_mean, phased = self._dilated(rectified, weights, statistics)
+        z, z_shift = self._separable(rectified, weights, statistics)
+        inner, inner_shift, phased = self._dilated(rectified, weights, statistics)
         pointwise = _square(next(weights)) if self.sep or self.dil else None
         plain = self._plain(x, self._own(rectified, weights, statistics), statistics)
         if pointwise is None:
             return (q @ plain.view(len(plain), -1)).view(self.E, *plain.shape[1:]), None
-        mean = torch.cat([m for m in (z_mean, inner_mean) if m is not None])
-        out, inner = mix(z, inner, mean, pointwise, p, plain, q, self._layers(self.sep + self.dil, -1), statistics)
+        shifts = [shift for shift in (z_shift, inner_shift) if shift is not None]
+        out, inner = mix(z, inner, shifts, pointwise, p, plain, q, self._layers(self.sep + self.dil, -1), statistics)
         if phased or inner is None:
             return out, inner
         return (inner if out is None else out + inner), None
@@ -89,8 +89,8 @@ class MixedEdges:
         if not self.sep:
             return None, None
         kernels = [next(weights) for _ in self.sep]
-        z, mean = convolve(rectified, kernels, self.stride, centred=statistics.pool)
-        half, again = halfway(z, mean, _square(next(weights)), self._layers(self.sep, 3), statistics)
+        z, shift = convolve(rectified, kernels, self.stride, centred=statistics.pool)
+        half, again = halfway(z, shift, _square(next(weights)), self._layers(self.sep, 3), statistics)
         kernels = [next(weights) for _ in self.sep]
         return convolve(half, kernels, centred=statistics.pool, again=again)
 

@@ -63,11 +63,11 @@ def batch_norm_(x: Tensor, eps: float, pool: Pool, maps: int | None = None) -> t
     return fused(_BatchNorm, x, None, None, eps, pool, maps or len(x))
 
 
-def _mean_product(a: Tensor, b: Tensor) -> Tensor:
-    """The mean over P pixels of a b, (K, P, C) to (K, 1, C): by a matrix product, where that is cheap."""
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """The sum over P pixels of a b, (K, P, C) to (K, 1, C): by a matrix product, where that is cheap."""
     if a.shape[-1] > 64:
-        return (a * b).mean(1, keepdim=True)
-    return torch.bmm(a.transpose(1, 2), b).diagonal(dim1=1, dim2=2)[:, None] / a.shape[1]
+        return (a * b).sum(1, keepdim=True)
+    return torch.bmm(a.transpose(1, 2), b).diagonal(dim1=1, dim2=2)[:, None]
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -82,7 +82,7 @@ class _BatchNorm(torch.autograd.Function):
         own = maps is not None and not is_twice_differentiable() and not torch.compiler.is_compiling()
         mean = pool.mean(exact.mean(1, keepdim=True))
         centred = torch.sub(exact, mean, out=exact if own else None)
-        variance = pool.mean(_mean_product(centred, centred))
+        variance = pool.mean(_product(centred, centred) / rows.shape[1])
         rstd = (variance + eps).rsqrt()
         y = torch.mul(centred, rstd, out=centred if own else None).to(x.dtype)
         ctx.save_for_backward(x if own else y, weight, rstd)
@@ -105,7 +105,7 @@ class _BatchNorm(torch.autograd.Function):
         part = (grad if alone else grad[:ctx.maps]).reshape(len(rstd), -1, grad.shape[-1])
         y = y[:len(rstd)].view(part.shape)
         d_bias = part.sum(1, keepdim=True, dtype=rstd.dtype)
-        d_weight = part.shape[1] * _mean_product(part, y).to(rstd.dtype)
+        d_weight = _product(part, y).to(rstd.dtype)
         of_g, of_gy = ctx.pool.sum(torch.stack([d_bias, d_weight])) if ctx.pool.shared else (d_bias, d_weight)
         scale = rstd if weight is None else rstd * weight
         share = scale / -ctx.pool.count(part.shape[1])
