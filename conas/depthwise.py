@@ -132,7 +132,7 @@ def _pack(blocks: list[Tensor], C: int) -> Tensor:
     if channels == C:
         return torch.cat(blocks).permute(0, 2, 3, 1).view(-1, N, H, W, C)
     parts = [block.permute(0, 2, 3, 1).view(N, H, W, -1, C).permute(3, 0, 1, 2, 4) for block in blocks]
-    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    return _join(parts).contiguous()
 
 
 def _convolution(x, weight, stride, dilation, bias=None):
@@ -160,14 +160,14 @@ def _input_gradient(shape, weights, grads, stride, dilation):
                 sums.append(part)
             else:
                 sums[i // E] += part
-    if separate or len(sums) == S > 1 or sums[0].shape[1] == C:
+    if separate or sums[0].shape[1] == C:
         return _pack(sums, C)
     return sums[0].permute(0, 2, 3, 1).view(N, H, W, S, -1, C).sum(4).permute(3, 0, 1, 2, 4)
 
 
 def _weight_gradient(blocks, weight, grads, stride, dilation):
     k, kernels = weight.shape[-1], weight.chunk(len(grads))
-    if k == 3 or dilation > 1 or weight.device.type != "cpu":
+    if k <= 3 or dilation > 1 or weight.device.type != "cpu":
         padding = dilation * (k // 2)
         return _join([_gradients(g, block, kernel, stride, dilation, padding, (False, True))[1]
                       for g, block, kernel in zip(grads, blocks, kernels)])

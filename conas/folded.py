@@ -29,8 +29,7 @@ def halfway(z: Tensor, shift: Tensor, weight: Tensor, norms: Sequence[nn.BatchNo
     """
     again = None if torch.compiler.is_compiling() else Again(_halfway)  # a compiler decides for itself what to keep
     out, variance = fused(_Halfway, z, weight, statistics.pool, again)
-    if statistics.keep:
-        statistics.add(norms, -shift, weight, variance, z[0].numel() // z.shape[-1])
+    statistics.add_folded(norms, [shift], weight, variance, z[0].numel() // z.shape[-1])
     return out, again
 
 
@@ -43,9 +42,8 @@ def mix(z: Tensor | None, inner: Tensor | None, shifts: Sequence[Tensor], weight
     their own, (E, N, H, W, C). The sum of z includes sum_m q[:, m] plain[m], with plain (M, N, H, W, C) and q (E, M).
     """
     out, inner, variance = fused(_Mix, z, inner, weight, p, plain, q, statistics.pool)
-    if statistics.keep:
-        pixels = (out if inner is None else inner)[0].numel() // weight.shape[-1]
-        statistics.add(norms, -torch.cat(list(shifts)), weight, variance, pixels)
+    pixels = (out if inner is None else inner)[0].numel() // weight.shape[-1]
+    statistics.add_folded(norms, shifts, weight, variance, pixels)
     return out, inner
 
 

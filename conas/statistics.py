@@ -19,16 +19,19 @@ class Statistics:
         self.batch, self.keep, self.pool = batch, batch and keep, pool or Pool()
         self._seen: list[tuple[Sequence[nn.BatchNorm2d], Tensor, Tensor, int]] = []
 
-    def add(self, norms: Sequence[nn.BatchNorm2d], mean: Tensor, weight: Tensor | None, variance: Tensor, pixels: int
-            ) -> None:
+    def add(self, norms: Sequence[nn.BatchNorm2d], mean: Tensor, variance: Tensor, pixels: int) -> None:
         """Take note of the mean and the biased variance of a batch, of K * C channels: K maps of C for as many norms,
-        or each for several that share it, one after another; `pixels` are this process's. With a weight (K, C, C) the
-        mean is that of W z for `mean` (K, 1, C) of z.
+        or each for several that share it, one after another; `pixels` are this process's.
         """
         if self.keep:
-            mean, variance = mean.detach(), variance.detach()
-            mean = mean if weight is None else mean @ weight.detach().transpose(1, 2)
-            self._seen.append((norms, mean, variance, self.pool.count(pixels)))
+            self._seen.append((norms, mean.detach(), variance.detach(), self.pool.count(pixels)))
+
+    def add_folded(self, norms: Sequence[nn.BatchNorm2d], shifts: Sequence[Tensor], weight: Tensor, variance: Tensor,
+                   pixels: int) -> None:
+        """`add` of W z with weight (K, C, C), for z that have mean zero since `shifts`, K of (1, C), were added."""
+        if self.keep:
+            mean = -torch.cat(list(shifts)).detach() @ weight.detach().transpose(1, 2)
+            self.add(norms, mean, variance, pixels)
 
     @staticmethod
     def running(norms: Sequence[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
@@ -50,7 +53,7 @@ class Statistics:
         x, eps = x.permute(0, 3, 1, 2), norms[0].eps
         if self.batch:
             x, mean, variance = batch_norm(x, weight, bias, eps, self.pool)
-            self.add(norms, mean, None, variance, x.numel() // x.shape[1])
+            self.add(norms, mean, variance, x.numel() // x.shape[1])
         else:
             mean, variance = (statistic.view(-1).to(x.dtype) for statistic in self.running(norms))
             x = nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
@@ -62,7 +65,7 @@ class Statistics:
             scale, shift = (t[:, None, None].to(x.dtype) for t in self.running_scale(norms))
             return torch.addcmul(shift, x, scale)
         x, mean, variance = batch_norm_(x, norms[0].eps, self.pool, maps)
-        self.add(norms, mean, None, variance, x[0].numel() // x.shape[-1])
+        self.add(norms, mean, variance, x[0].numel() // x.shape[-1])
         return x
 
     @torch.no_grad()
