@@ -189,8 +189,8 @@ def _padded(x: Tensor, left: int, right: int, rows: int, last: Tensor | None) ->
     """x (N, C, H, W) with zeros around it, in the memory of the `last` one, which has them already."""
     if last is None:
         return pad(x, (left, right, rows, rows))
-    x = x[..., :right] if right < 0 else x
-    last[:, :, rows:-rows, left:left + x.shape[3]] = x
+    x = x[..., max(0, -left):x.shape[3] + min(0, right)]  # as `pad` cuts off what is less than nothing
+    last[:, :, rows:-rows, max(0, left):max(0, left) + x.shape[3]] = x
     return last
 
 

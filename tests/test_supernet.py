@@ -44,6 +44,19 @@ def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format
         torch.testing.assert_close(network.eval()(x), oracle.eval()(x), rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("small", [depthwise.SMALL, 0])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("k", [1, 3, 5, 7])
+def test_gradients_of_depthwise_convolutions(k, stride, small, monkeypatch):
+    monkeypatch.setattr(depthwise, "SMALL", small)
+    torch.manual_seed(0)
+    for states, kinds, groups in (1, 1, 1), (2, 2, 8), (2, 1, 2), (1, 2, 3):
+        x, *weights = (torch.randn(shape, dtype=torch.float64, requires_grad=True)
+                       for shape in [(states, 2, 6, 7, 4)] + kinds * [(groups * 4, 1, k, k)])
+        assert torch.autograd.gradcheck(lambda x, *w: depthwise.convolve(x, w, stride)[0], (x, *weights),
+                                        fast_mode=True, check_undefined_grad=False)
+
+
 def test_frozen_statistics_change_no_output():
     network, _ = pair("cnn_space1")
     x = torch.randn(4, 3, 16, 16, dtype=torch.float64)
