@@ -29,7 +29,7 @@ from benchmarks.search_step_figure import draw
 from conas.cli import find_device
 from conas.config import WeightOptions
 from conas.memory import keep_freed_memory
-from conas.search import weight_step
+from conas.search import weight_optimizer, weight_step
 
 RECIPE = WeightOptions()
 WORKS = "architect", "weights", "evaluation"
@@ -54,8 +54,7 @@ class Contestant:
         if name == "ours":
             batches = [x.contiguous(memory_format=torch.channels_last) for x in batches]
             self.network = ours.to(memory_format=torch.channels_last)
-            optimizer = torch.optim.SGD(ours.weights().values(), RECIPE.learning_rate, RECIPE.momentum,
-                                        weight_decay=RECIPE.weight_decay)
+            optimizer = weight_optimizer(ours, RECIPE)
             architect = import_module(f"{space}.architect").Architect(ours, optimizer)
         else:
             self.network = textbook.Network(ours.primitives, channels, 10, layers).to(device, dtype)

@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from conas import distributed
 from conas.fused import twice_differentiable
-from conas.supernet import Supernet, frozen_statistics
+from conas.supernet import Supernet, constant_alphas, frozen_statistics
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,); of several processes each has its part
 
@@ -91,7 +91,8 @@ class Bilevel:
     def grad_weights(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_w L(w, a) on `batch`."""
         w = w.detach().requires_grad_()
-        (gradient,) = distributed.averaged(torch.autograd.grad(self.loss(batch, w), [w]), self.count(batch))
+        with constant_alphas(self.network):
+            (gradient,) = distributed.averaged(torch.autograd.grad(self.loss(batch, w), [w]), self.count(batch))
         return gradient
 
     def grad_alpha(self, batch: Batch, w: Tensor) -> Tensor:

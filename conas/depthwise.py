@@ -10,23 +10,27 @@ to the order of the sums:
 """
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from math import prod
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.nn.functional import conv2d, pad
 
-from conas.fused import Again, fused
-from conas.synced import Pool
+from conas.fused import Tape, by_hand
 
-SMALL = 2**19  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
+SMALL = 2**20  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
+
+
+def in_phases(x: Tensor) -> Tensor:
+    """(..., N, 2H, 2W, C) -> (..., N, 2, 2, H, W, C): a view, by even and odd rows and columns."""
+    H, W = x.shape[-3:-1]
+    x = x.unflatten(-2, (W // 2, 2)).unflatten(-4, (H // 2, 2))
+    return x.movedim((-4, -2), (-5, -4))
 
 
 def phases(x: Tensor) -> Tensor:
     """(S, N, 2H, 2W, C) -> (S, 4N, H, W, C): pixels of even and odd rows and columns as images of their own."""
-    S, N, H, W, C = x.shape
-    x = x.view(S * N, H // 2, 2, W // 2, 2, C).permute(0, 2, 4, 1, 3, 5)
-    return x.reshape(S, 4 * N, H // 2, W // 2, C)
+    return in_phases(x).flatten(1, 3)
 
 
 def interleave(x: Tensor) -> Tensor:
@@ -36,103 +40,86 @@ def interleave(x: Tensor) -> Tensor:
     return x.reshape(N // 4, 2 * H, 2 * W, C)
 
 
-def convolve(x: Tensor, weights: Sequence[Tensor], stride: int = 1, dilation: int = 1, centred: Pool | None = None,
-             again: Again | None = None) -> tuple[Tensor, Tensor | None]:
+def convolve(x: Tensor, kernels: Sequence[Tensor], stride: int = 1, dilation: int = 1, shift: Tensor | None = None
+             ) -> Tensor:
     """Depthwise convolutions with odd square kernels and "same" padding, for groups of C channels.
 
-    Each weight (G*C, 1, k, k) serves G groups. x (S, N, H, W, C) holds the inputs of all groups of all weights if S is
-    their number; else S states, each read by G/S groups of every weight. If `again` is given, x is not kept for the
-    backward pass, but computed by it once more.
-    Returns z (all groups, N, ceil(H/stride), ceil(W/stride), C) and, if `centred`, what was added to it, less its mean
-    (all groups, 1, C) over the images of that pool. `centred` is for use ahead of BatchNorm only: the gradient is right
-    if that of z has mean zero.
+    Each kernel (G*C, 1, k, k) serves G groups. x (S, N, H, W, C) holds the inputs of all groups of all kernels if S is
+    their number; else S states, each read by G/S groups of every kernel. Returns z + shift, (all groups, N, ceil(H /
+    stride), ceil(W / stride), C), for `shift` (all groups, C).
     """
-    return fused(_Convolve, x, stride, dilation, centred, again, *weights)
+    groups, small, outs = _groups(x.shape[-1], kernels), _is_small(x, x.shape), []
+    shifts = [None] * len(kernels) if shift is None else shift.split(groups)
+    for blocks, kernel, part in zip(_inputs(x, groups, small), kernels, shifts):
+        parts = [None] * len(blocks) if part is None else part.view(len(blocks), -1).unbind()
+        outs += [_convolution(block, own, stride, dilation, by)
+                 for block, own, by in zip(blocks, kernel.chunk(len(blocks)), parts)]
+    return _apart(outs, x.shape[-1])
+
+
+def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | None, kernels: Sequence[Tensor],
+                  flipped: Sequence[Tensor], stride: int = 1, dilation: int = 1, x_wanted: bool = True
+                  ) -> tuple[Tensor | None, list[Tensor]]:
+    """The gradients of `convolve` by x, of this shape, and by the kernels: by none if x is not given.
+
+    `flipped` are the kernels with rows and columns reversed.
+    """
+    groups, small = _groups(shape[-1], kernels), _is_small(grad, shape)
+    grads = [_blocks(part, 1, small) for part in grad.split(groups)]
+    d_x, d_kernels = None, []
+    if x_wanted:
+        d_x = _input_gradient(grads, shape, kernels, flipped, stride, dilation)
+    if x is not None:
+        d_kernels = [_weight_gradient(own, blocks, kernel, stride, dilation)
+                     for own, blocks, kernel in zip(grads, _inputs(x, groups, small), kernels)]
+    return d_x, d_kernels
 
 
 def blockwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Iterator[Tensor]:
-    """`convolve` with one weight, in blocks (B, N, H', W', C) of as many groups as are convolved at once."""
+    """`convolve` with one kernel, in blocks (B, N, H', W', C) of as many groups as are convolved at once."""
     C = x.shape[-1]
-    blocks = _blocks(x, len(weight) // C, _is_small(x))
+    blocks = _blocks(x, len(weight) // C // len(x), _is_small(x, x.shape))
     for block, kernel in zip(blocks, weight.chunk(len(blocks))):
-        z = _convolution(block, kernel, stride, dilation)
-        yield z.permute(0, 2, 3, 1).unflatten(3, (-1, C)).permute(3, 0, 1, 2, 4)
+        yield _groups_of(_convolution(block, kernel, stride, dilation), C)
 
 
-class _Convolve(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, stride, dilation, centred, again, *weights):
-        kept = again.take() if again else (x,)
-        ctx.save_for_backward(*kept, *weights)
-        ctx.again, ctx.kept, ctx.shape, ctx.settings = again, len(kept), x.shape, (stride, dilation)
-        ctx.small = small = _is_small(x)
-        ctx.set_materialize_grads(False)
-        shifts = _shifts(x, weights, stride, dilation) if centred else [None] * len(weights)
-        if centred and centred.shared:
-            shifts = centred.mean(torch.cat(shifts)).split(_groups(x.shape, weights))
-        outs = []
-        for blocks, weight, shift in zip(_inputs(x, _groups(x.shape, weights), small), weights, shifts):
-            biases = [None] * len(blocks) if shift is None else shift.view(len(blocks), -1).unbind()
-            outs += [_convolution(block, kernel, stride, dilation, bias)
-                     for block, kernel, bias in zip(blocks, weight.chunk(len(blocks)), biases)]
-        added = None
-        if centred:
-            added = torch.cat(shifts)[:, None]
-            ctx.mark_non_differentiable(added)
-        return _pack(outs, x.shape[-1]), added
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
-        saved = ctx.saved_tensors
-        kept, weights = saved[:ctx.kept], saved[ctx.kept:]
-        groups = _groups(ctx.shape, weights)
-        grads = [_blocks(g, len(g), ctx.small) for g in grad.split(groups)]
-        d_x, d_weights = None, [None] * len(weights)
-        if ctx.needs_input_grad[0]:
-            d_x = _input_gradient(ctx.shape, weights, grads, *ctx.settings)
-        if ctx.needs_input_grad[5]:
-            x = ctx.again.compute(*kept) if ctx.again else kept[0]
-            d_weights = [_weight_gradient(*share, *ctx.settings)
-                         for share in zip(_inputs(x, groups, ctx.small), weights, grads)]
-        return d_x, None, None, None, None, *d_weights
-
-
-def _groups(shape: Sequence[int], weights: Sequence[Tensor]) -> list[int]:
-    return [len(weight) // shape[-1] for weight in weights]
-
-
-def _is_small(x: Tensor) -> bool:
+def _is_small(like: Tensor, shape: Sequence[int]) -> bool:
     # an exported graph serves every batch size, and may not depend on it
     exporting = torch.compiler.is_exporting()
-    return x.device.type != "cpu" or exporting or x[0].numel() * x.element_size() <= SMALL
+    return like.device.type != "cpu" or exporting or prod(shape[1:]) * like.element_size() <= SMALL
+
+
+def _groups(C: int, kernels: Sequence[Tensor]) -> list[int]:
+    return [len(kernel) // C for kernel in kernels]
 
 
 def _inputs(x: Tensor, groups: list[int], small: bool) -> list[list[Tensor]]:
-    """The `_blocks` that each weight reads."""
+    """The `_blocks` that each kernel reads."""
     if len(x) == sum(groups):
-        return [_blocks(part, G, small) for part, G in zip(x.split(groups), groups)]
-    blocks = {G: _blocks(x, G, small) for G in set(groups)}  # kernels of several sizes read the same
+        return [_blocks(part, 1, small) for part in x.split(groups)]
+    blocks = {G: _blocks(x, G // len(x), small) for G in set(groups)}  # kernels of several sizes read the same
     return [blocks[G] for G in groups]
 
 
-def _blocks(x: Tensor, groups: int, small: bool) -> list[Tensor]:
-    """The inputs (S, N, H, W, C) of a weight's groups: each (N, C, H, W), or, if small, side by side (N, G*C, H, W)."""
+def _blocks(x: Tensor, times: int, small: bool) -> list[Tensor]:
+    """States (S, N, H, W, C), each as often as `times`: one by one, (N, C, H, W), or if they are small side by side in
+    one block (N, S*times*C, H, W); channels last."""
     S, N, H, W, C = x.shape
-    x = x.permute(0, 1, 4, 2, 3)
-    if groups == 1 or not small:
-        return [m for m in x.unbind() for _ in range(groups // S)]
-    x = x.permute(1, 3, 4, 0, 2)[:, :, :, :, None].expand(N, H, W, S, groups // S, C)
-    return [x.reshape(N, H, W, groups * C).permute(0, 3, 1, 2)]
+    if not small:
+        return [m for m in x.permute(0, 1, 4, 2, 3).unbind() for _ in range(times)]
+    x = x.permute(1, 2, 3, 0, 4)[:, :, :, :, None].expand(N, H, W, S, times, C)
+    return [x.reshape(N, H, W, S * times * C).permute(0, 3, 1, 2)]
 
 
-def _pack(blocks: list[Tensor], C: int) -> Tensor:
-    """The inverse of `_blocks`: (all groups, N, H, W, C)."""
-    N, channels, H, W = blocks[0].shape
-    if channels == C:
-        return torch.cat(blocks).permute(0, 2, 3, 1).view(-1, N, H, W, C)
-    parts = [block.permute(0, 2, 3, 1).view(N, H, W, -1, C).permute(3, 0, 1, 2, 4) for block in blocks]
-    return _join(parts).contiguous()
+def _groups_of(block: Tensor, C: int) -> Tensor:
+    """(N, G*C, H, W) -> (G, N, H, W, C), a view."""
+    return block.permute(0, 2, 3, 1).unflatten(3, (-1, C)).permute(3, 0, 1, 2, 4)
+
+
+def _apart(blocks: list[Tensor], C: int) -> Tensor:
+    """All groups of all blocks: (all groups, N, H, W, C), contiguous."""
+    parts = [_groups_of(block, C) for block in blocks]
+    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
 
 
 def _convolution(x, weight, stride, dilation, bias=None):
@@ -144,43 +131,41 @@ def _gradients(grad, x, weight, stride, dilation, padding, wanted):
                                                False, [0, 0], len(weight), [*wanted, False])
 
 
-def _input_gradient(shape, weights, grads, stride, dilation):
+def _input_gradient(grads, shape, kernels, flipped, stride, dilation):
     (S, N, H, W, C), sums = shape, []
-    separate = sum(_groups(shape, weights)) == S
-    for weight, blocks in zip(weights, grads):
+    separate = sum(_groups(C, kernels)) == S
+    for blocks, kernel, turned in zip(grads, kernels, flipped):
         E = 1 if separate else len(blocks) // S or 1  # of the blocks that read the same state
-        kernels = (weight.flip(2, 3) if stride == 1 else weight).chunk(len(blocks))
-        for i, (g, kernel) in enumerate(zip(blocks, kernels)):
+        for i, (grad, own, by) in enumerate(zip(blocks, kernel.chunk(len(blocks)), turned.chunk(len(blocks)))):
             if stride == 1:
-                part = _convolution(g, kernel, 1, dilation)
+                part = _convolution(grad, by, 1, dilation)
             else:
-                x = g.new_empty(N, H, W, g.shape[1]).permute(0, 3, 1, 2)  # of which only the shape is read
-                part = _gradients(g, x, kernel, stride, dilation, dilation * (kernel.shape[-1] // 2), (True, False))[0]
+                x = grad.new_empty(N, H, W, grad.shape[1]).permute(0, 3, 1, 2)  # of which only the shape is read
+                part = _gradients(grad, x, own, stride, dilation, dilation * (own.shape[-1] // 2), (True, False))[0]
             if separate or i // E == len(sums):
                 sums.append(part)
             else:
                 sums[i // E] += part
     if separate or sums[0].shape[1] == C:
-        return _pack(sums, C)
-    return sums[0].permute(0, 2, 3, 1).view(N, H, W, S, -1, C).sum(4).permute(3, 0, 1, 2, 4)
+        return _apart(sums, C)
+    d_x = sums[0].permute(0, 2, 3, 1).unflatten(3, (S, -1, C))
+    return (d_x.sum(4) if d_x.shape[4] > 1 else d_x.squeeze(4)).permute(3, 0, 1, 2, 4)
 
 
-def _weight_gradient(blocks, weight, grads, stride, dilation):
-    k, kernels = weight.shape[-1], weight.chunk(len(grads))
-    if k <= 3 or dilation > 1 or weight.device.type != "cpu":
-        padding = dilation * (k // 2)
-        return _join([_gradients(g, block, kernel, stride, dilation, padding, (False, True))[1]
-                      for g, block, kernel in zip(grads, blocks, kernels)])
-    # columns s to s+2 of the kernel, from an input that begins s columns later
+def _weight_gradient(grads, blocks, kernel, stride, dilation):
+    k, kernels = kernel.shape[-1], kernel.chunk(len(grads))
+    if k <= 3 or dilation > 1 or kernel.device.type != "cpu":
+        return _join([_gradients(grad, block, own, stride, dilation, dilation * (k // 2), (False, True))[1]
+                      for grad, block, own in zip(grads, blocks, kernels)])
     columns = []
-    for s in range(0, k - 2, 2):
+    for s in range(0, k - 2, 2):  # columns s to s+2 of the kernel, from an input that begins s columns later
         left = k // 2 - s
         right = stride * (grads[0].shape[3] - 1) + 3 - left - blocks[0].shape[3]
         parts, padded, inside = [], None, None
-        for g, block, kernel in zip(grads, blocks, kernels):
+        for grad, block, own in zip(grads, blocks, kernels):
             if block is not inside:
                 padded, inside = _padded(block, left, right, k // 2, padded), block
-            parts.append(_gradients(g, padded, kernel[..., :3], stride, dilation, 0, (False, True))[1])
+            parts.append(_gradients(grad, padded, own[..., :3], stride, dilation, 0, (False, True))[1])
         columns.append(_join(parts)[..., 1 if s else 0:])
     return torch.cat(columns, 3)
 
@@ -198,32 +183,30 @@ def _join(parts: list[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def _shifts(x: Tensor, weights: Sequence[Tensor], stride: int, dilation: int) -> list[Tensor]:
-    """Less the mean over images and pixels of each weight's convolutions, from the mean image: (groups, C)."""
+def shifts(x: Tensor, kernels: Tensor, stride: int, dilations: Sequence[int]) -> Tensor:
+    """Less the mean over images and pixels of convolutions of the states x (S, N, H, W, C), from the mean image.
+
+    `kernels` (F, k*k, K, S, E, C) are of K convolutions of each of F `dilations`, to E nodes, of size k or with a
+    border of zeros. Returns (F, K, S, E, C).
+    """
     S, _, H, W, C = x.shape
-    widest = max(weight.shape[-1] for weight in weights)
-    taps = _taps(widest, H, W, stride, dilation, x.dtype, x.device)
-    taps = torch.bmm(taps.expand(S, -1, -1), x.mean(1).view(S, H * W, C)).view(S, widest, widest, 1, C)
-    groups, shifts = _groups(x.shape, weights), []
-    parts = taps.split(groups) if sum(groups) == S else [taps] * len(groups)
-    for part, weight, G in zip(parts, weights, groups):
-        k = weight.shape[-1]
-        at = slice((widest - k) // 2, (widest + k) // 2)
-        kernels = weight.view(len(part), G // len(part), C, k, k).permute(0, 3, 4, 1, 2)
-        shifts.append((part[:, at, at] * kernels).sum((1, 2)).view(G, C))
-    return shifts
+    F, area = kernels.shape[:2]
+    taps = _taps(round(area ** 0.5), H, W, stride, tuple(dilations), x.dtype, x.device)
+    taps = torch.bmm(taps.expand(S, -1, -1), x.mean(1).view(S, H * W, C))
+    return (taps.view(S, F, area, C).permute(1, 2, 0, 3)[:, :, None, :, None] * kernels).sum(1)
 
 
 @lru_cache
-def _taps(k: int, H: int, W: int, stride: int, dilation: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(k*k, H*W): less the share of each pixel in the mean over all outputs of what each tap reads."""
-    def along(size):
+def _taps(k: int, H: int, W: int, stride: int, dilations: tuple[int, ...], dtype: torch.dtype, device: torch.device
+          ) -> Tensor:
+    """(F*k*k, H*W): less the share of each pixel in the mean over all outputs of what each tap reads."""
+    def along(size, dilation):
         at = torch.arange(0, size, stride)[None] + dilation * (torch.arange(k)[:, None] - k // 2)
         inside = (at >= 0) & (at < size)
         taps = torch.zeros(k, size, dtype=dtype).scatter_add_(1, at.clamp(0, size - 1), inside.to(dtype))
         return taps / at.shape[1]
 
-    return torch.kron(along(H), along(W)).neg_().to(device)
+    return torch.cat([torch.kron(along(H, d), along(W, d)) for d in dilations]).neg_().to(device)
 
 
 class DepthwiseConv2d(nn.Conv2d):
@@ -236,6 +219,19 @@ class DepthwiseConv2d(nn.Conv2d):
         # other devices and autocast's dtypes have kernels that are good as they are
         plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
         if plain and self.stride == (1, 1) and torch.is_grad_enabled():
-            z, _ = convolve(x.permute(0, 2, 3, 1)[None], [self.weight], 1, self.dilation[0])
-            return z[0].permute(0, 3, 1, 2)
+            return by_hand(self._run, x, self.weight)
         return super().forward(x)
+
+    def _run(self, tape: Tape, x: Tensor, weight: Tensor):
+        x_wanted, weight_wanted = tape.wanted if tape.by_hand else (False, False)
+        out, shape = super().forward(x), x.permute(0, 2, 3, 1)[None].shape
+        kept, kept_weight, dilation = tape.keep(x if weight_wanted else None), tape.keep(weight), self.dilation[0]
+
+        def back(grad):
+            states = kept().permute(0, 2, 3, 1)[None] if weight_wanted else None
+            weight = kept_weight()
+            d_x, d_weight = convolve_back(grad.permute(0, 2, 3, 1)[None], shape, states, [weight], [weight.flip(2, 3)],
+                                          1, dilation, x_wanted)
+            return d_x[0].permute(0, 3, 1, 2) if x_wanted else None, d_weight[0] if weight_wanted else None
+
+        return out, back

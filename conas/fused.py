@@ -1,65 +1,84 @@
-"""How the supernet calls its fused operations: with gradients by hand, or differentiable as often as one likes."""
-from collections.abc import Callable, Iterator
+"""Gradients by hand, or derivatives as often as one likes.
+
+Gradients by hand save memory and passes, but they are no graph, so nothing can be differentiated through them. The same
+forward passes are made of differentiable operations of torch, and so need no second formula: where every derivative
+is wanted, or a compiler looks for them itself, autograd records them.
+"""
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-_by_hand = True  # not of a thread: checkpointed cells are computed again in autograd's
+_wanted = True  # not of a thread: checkpointed cells are computed again in autograd's
 
 
-def fused(function: type[torch.autograd.Function], *arguments):
-    """function.apply(*arguments); inside `twice_differentiable`, its forward as autograd itself records it.
-
-    The gradients by hand save memory and passes, but they are no graph, so nothing can be differentiated through them.
-    The forwards are made of differentiable operations of torch, and so need no second formula.
-    """
-    return function.apply(*arguments) if _by_hand else function.forward(_NoContext(), *arguments)
+def is_by_hand() -> bool:
+    """Whether gradients of the present pass are by hand."""
+    return _wanted and not torch.compiler.is_compiling()
 
 
 def is_twice_differentiable() -> bool:
     """Whether the present pass is inside `twice_differentiable`."""
-    return not _by_hand
-
-
-class _NoContext:
-    """Takes what a forward leaves for its gradient by hand."""
-
-    def save_for_backward(self, *_: Tensor | None) -> None:
-        pass
-
-    mark_non_differentiable = set_materialize_grads = save_for_backward
-
-
-class Again:
-    """A map between two fused operations that neither keeps for its backward pass, since it can be computed again.
-
-    The first operation leaves what it is `function` of, and the second one keeps that instead. In the backward pass
-    the second comes first; what it has computed serves the `last` one too.
-    """
-
-    def __init__(self, function: Callable[..., Tensor]):
-        self.function, self.made, self.sources = function, None, ()
-
-    def leave(self, *sources: Tensor) -> None:
-        self.sources = tuple(source.detach() for source in sources)
-
-    def take(self) -> tuple[Tensor, ...]:
-        sources, self.sources = self.sources, ()
-        return sources
-
-    def compute(self, *sources: Tensor, last: bool = False) -> Tensor:
-        made = self.function(*sources) if self.made is None else self.made
-        self.made = None if last else made
-        return made
+    return not _wanted
 
 
 @contextmanager
 def twice_differentiable() -> Iterator[None]:
     """Inside, forward passes of supernets have derivatives of every order. Their backward passes belong inside too."""
-    global _by_hand
-    before, _by_hand = _by_hand, False
+    global _wanted
+    before, _wanted = _wanted, False
     try:
         yield
     finally:
-        _by_hand = before
+        _wanted = before
+
+
+class Tape:
+    """What a forward pass leaves for its backward pass by hand.
+
+    `wanted` says of each input whether its gradient is wanted. If not `by_hand`, autograd records the forward pass:
+    nothing is kept, and nothing may be written in place.
+    """
+
+    def __init__(self, by_hand: bool, wanted: Sequence[bool] = ()):
+        self.by_hand, self.wanted, self.kept = by_hand, wanted, []
+
+    def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
+        """What gives the tensor in the backward pass. Autograd holds it till then, or computes it again."""
+        self.kept.append(tensor if self.by_hand else None)
+        at = len(self.kept) - 1
+        return lambda: self.kept[at]
+
+
+def by_hand(run: Callable, *inputs: Tensor | None) -> Tensor:
+    """The output of `run(tape, *inputs)`.
+
+    `run` returns it with `back`, which makes the gradients by all inputs of that by the output, at most once. What
+    `run` does must be differentiable by itself too.
+    """
+    return _ByHand.apply(run, *inputs) if is_by_hand() else recorded(run, *inputs)
+
+
+def recorded(run: Callable, *inputs: Tensor | None) -> Tensor:
+    """The same as autograd records it."""
+    return run(Tape(False, [False] * len(inputs)), *inputs)[0]
+
+
+class _ByHand(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, run, *inputs):
+        ctx.tape = tape = Tape(True, ctx.needs_input_grad[1:])
+        out, ctx.back = run(tape, *inputs)
+        ctx.save_for_backward(*tape.kept)
+        tape.kept = ()
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        ctx.tape.kept = ctx.saved_tensors
+        gradients = ctx.back(grad)
+        ctx.tape.kept = ()
+        return None, *gradients

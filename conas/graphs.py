@@ -91,7 +91,7 @@ def on_device(optimizer: torch.optim.Optimizer, wanted: bool) -> None:
     """Let an optimizer read its learning rate and count its steps on the device, as a graph needs it, or not."""
     for group in optimizer.param_groups:
         if isinstance(optimizer, torch.optim.SGD):
-            group["fused"] = wanted or None  # None lets torch choose
+            group["fused"] = True  # else it looks at the rate on the host; and a thousand weights are slow one by one
         else:
             group["capturable"] = wanted
     for p, state in optimizer.state.items():

@@ -1,224 +1,218 @@
-"""The mixed edges of a cell, computed together for all edges that leave the same states.
+"""Mixed edges in training, by statistics of the batch: forward, and backward by hand.
 
-One by one they are hundreds of small tensors. But the edges out of a state share its ReLU, its pools with their
-BatchNorm, and the windows that their convolutions read; and a convolution of one kind is the same work on every edge.
-So the maps of one kind on all edges are groups of one tensor, channels last:
-
-    state (S, N, H, W, C) --relu--> depthwise --halfway--> depthwise ---.      S states, E nodes: S*E edges
-                             |                      sep_conv            |
-                             '----> depthwise on phases ----------------+--mix--> (E, N, H', W', C), to be summed
-          '--> pools with BatchNorm, skip ------------------------------'
-                                                                      p, q: softmax of the alphas
+A backward pass by hand writes where its operands were, adds gradients up in place, and knows what autograd does not:
+all states of a cell have mean zero in every channel, whatever the weights, since all that is summed there comes out
+of BatchNorm. So a constant in a state's gradient has no effect, and once it has been taken out, every gradient through
+a BatchNorm into that state is free of it.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d, max_pool2d, pad
+from torch import Tensor
+from torch.nn.functional import max_pool2d
 
-from conas.depthwise import blockwise, convolve, phases
-from conas.folded import halfway, in_rows, mix, running_scale
+from conas import folded, unfolded
+from conas.depthwise import convolve, convolve_back, in_phases, phases, shifts
+from conas.edges import MixedEdges, Packs, pooled, square
+from conas.folded import EPS, in_rows
+from conas.fused import Tape
 from conas.statistics import Statistics
-
-POOLS = {"max_pool_3x3": lambda x, stride: max_pool2d(x, 3, stride, 1),
-         "avg_pool_3x3": lambda x, stride: avg_pool2d(x, 3, stride, 1, count_include_pad=False)}
+from conas.synced import centred_back, normalise
 
 
-class MixedEdges:
-    """The edges out of S states into E nodes, all of one stride.
+class Wanted(NamedTuple):
+    """Whose gradients a pass is for."""
 
-    `mixed` are their MixedOps, by state, then node: the modules that hold parameters and running statistics.
+    x: bool
+    alphas: bool
+    weights: bool
+
+
+def train(tape: Tape, edges: MixedEdges, x: Tensor, sums: list[Tensor | None], p: Tensor | None, q: Tensor,
+          weights: Packs, arranged: Sequence[Tensor], statistics: Statistics, wanted: Wanted):
+    """Add to `sums` what the states x (S, N, H, W, C) contribute to the E nodes.
+
+    `sums` are (E, N, H', W', C) and the same in phases, or None to begin with. Returns `back`: from the gradients by
+    them, of mean zero, to those by x, p, q, and the weights. To the gradient by x is added what it is given, in place.
     """
+    pool, arranged, rectified, maps, added = statistics.pool, iter(arranged), x.relu(), [], []
+    kept, z_wanted = tape.keep(rectified), wanted.x or wanted.weights
+    pointwise = folded if wanted.weights or not tape.by_hand else unfolded
+    plain_back = _plain(edges, tape, x, rectified, sums, q, weights.own, statistics, wanted)
+    if edges.dilations:
+        means = shifts(rectified, next(arranged), edges.stride, edges.dilations)
+        kinds = [len(names) for names in (edges.sep, edges.dil) if names]
+        means = [pool.mean(of[:count].flatten(0, 2)) for of, count in zip(means, kinds)]
+    if edges.sep:
+        z, shift, sep_back = _separable(edges, tape, rectified, means[0], weights, arranged, statistics, pointwise)
+        maps.append((0, z))
+        added.append(shift)
+    if edges.dil:
+        flipped = list(arranged)
+        read, dilation, phased = undilated(rectified, edges.stride)
+        maps.append((int(phased), convolve(read, weights.dilated, 1, dilation, means[-1])))
+        added.append(means[-1])
+        kept_read, read = tape.keep(read if wanted.weights else None), read.shape
+    if maps:
+        last = square(weights.last[0])
+        variance, mix_back = pointwise.mix(tape, sums, maps, last, p, edges.E, pool)
+        statistics.add_folded(edges.layers(edges.sep + edges.dil, -1), added, last, variance, _pixels(maps[0][1]))
 
-    def __init__(self, primitives: Sequence[str], mixed: Sequence[nn.Module], states: int, stride: int):
-        self.S, self.E, self.stride = states, len(mixed) // states, stride
-        self.primitives = primitives
-        self.ops = {primitive: [m._ops[k] for m in mixed] for k, primitive in enumerate(primitives)}
-        self.sep = [name for name in primitives if name.startswith("sep_conv")]
-        self.dil = [name for name in primitives if name.startswith("dil_conv")]
-        self.pools = [name for name in primitives if name in POOLS]
-        self.own = [name for name in primitives if name == "conv_7x1_1x7" or (name == "skip_connect" and stride == 2)]
-        self.skip = ["skip_connect"] if "skip_connect" in primitives and stride == 1 else []
+    def back(grads: Sequence[Tensor], d_x: Tensor | None):
+        rectified, d, d_p, d_rectified = kept(), Packs(*([] for _ in Packs._fields)), None, None
+        if edges.dilations:
+            d_maps, d_last, d_p = mix_back(grads, z_wanted, wanted.weights)
+            d.last.append(_unsquare(d_last))
+        if edges.sep and z_wanted:
+            d_rectified = sep_back(d_maps[0], rectified, d, wanted)
+        if edges.dil and z_wanted:
+            part, d_kernels = convolve_back(d_maps[-1], read, kept_read(), weights.dilated, flipped, 1, dilation,
+                                            wanted.x)
+            d.dilated.extend(d_kernels)
+            if wanted.x:
+                d_rectified = rectified.new_zeros(rectified.shape) if d_rectified is None else d_rectified
+                _add(d_rectified, part, edges.stride, phased)
+        d_x, d_q = plain_back(grads[0], d_x, d_rectified, rectified, d)
+        packs = zip(d, weights)
+        return d_x, d_p, d_q, [gradient for ours, pack in packs for gradient in ours or [None] * len(pack)]
 
-    def _layers(self, names: list[str], i: int) -> list[nn.Module]:
-        """Layer i of these operations, for every operation on all edges."""
-        return [op.op[i] for name in names for op in self.ops[name]]
+    return back
 
-    def packs(self) -> list[list[nn.Parameter]]:
-        """The parameters as packs to be concatenated, in the order in which `__call__` takes them."""
-        layers = [self._layers([name], 1) for name in self.sep]
-        layers += [self._layers(self.sep, 2)] if self.sep else []
-        layers += [self._layers([name], 5) for name in self.sep]
-        layers += [self._layers([name], 1) for name in self.dil]
-        layers += [self._layers(self.sep + self.dil, -2)] if self.sep or self.dil else []
-        for name in self.own:
-            names = ("conv_1", "conv_2") if name == "skip_connect" else ("1", "2")
-            layers += [[op.get_submodule(layer) for op in self.ops[name]] for layer in names]
-        return [[layer.weight for layer in pack] for pack in layers]
 
-    def shares(self, probabilities: Tensor) -> tuple[Tensor | None, Tensor]:
-        """p (kinds*S*E,) and q (E, M) of `mix`, from the edges' probabilities (S*E, P)."""
-        column = dict(zip(self.primitives, probabilities.unbind(1)))
-        convolutions = [column[name] for name in self.sep + self.dil]
-        # a map that all edges out of a state share has one column for each state, one of its own for each edge
-        q = [column[name].view(self.S, self.E).t() if name not in self.own else
-             torch.diag_embed(column[name].view(self.S, self.E)).transpose(0, 1).flatten(1)
-             for name in self.pools + self.skip + self.own]
-        return (torch.cat(convolutions) if convolutions else None,
-                torch.cat(q, 1) if q else probabilities.new_zeros(self.E, 0))
+def _separable(edges, tape, rectified, shift, weights, arranged, statistics, pointwise):
+    """The maps of all sep_conv ahead of the last pointwise convolution, what was added to them, and `back`."""
+    first, second, weight, stride = weights.first, weights.second, square(weights.halfway[0]), edges.stride
+    second_arranged = next(arranged)
+    flipped = [next(arranged) for _ in first] if stride == 1 else first, [next(arranged) for _ in second]
+    z = convolve(rectified, first, stride, 1, shift)
+    half, variance, again, halfway_back = pointwise.halfway(tape, z, weight, statistics.pool)
+    statistics.add_folded(edges.layers(edges.sep, 3), [shift], weight, variance, _pixels(z))
+    shift = statistics.pool.mean(shifts(half, second_arranged, 1, [1]).flatten(0, 3))
+    shape, read = half.shape, rectified.shape
 
-    def __call__(self, x: Tensor, p: Tensor | None, q: Tensor, weights: Iterator[Tensor], statistics: Statistics
-                 ) -> tuple[Tensor | None, Tensor | None]:
-        """What the states x (S, N, H, W, C) add to each of the E nodes: (E, N, H', W', C), and the same in phases."""
-        if not statistics.batch:
-            return self._by_running_statistics(x, p, q, weights, statistics)
-        rectified = x.relu()
-        z, z_shift = self._separable(rectified, weights, statistics)
-        inner, inner_shift, phased = self._dilated(rectified, weights, statistics)
-        pointwise = _square(next(weights)) if self.sep or self.dil else None
-        plain = self._plain(x, self._own(rectified, weights, statistics), statistics)
-        if pointwise is None:
-            return (q @ plain.view(len(plain), -1)).view(self.E, *plain.shape[1:]), None
-        shifts = [shift for shift in (z_shift, inner_shift) if shift is not None]
-        out, inner = mix(z, inner, shifts, pointwise, p, plain, q, self._layers(self.sep + self.dil, -1), statistics)
-        if phased or inner is None:
-            return out, inner
-        return (inner if out is None else out + inner), None
+    def back(d_z, rectified, d, wanted):
+        half = again()
+        d_half, d_second = convolve_back(d_z, shape, half if wanted.weights else None, second, flipped[1])
+        d_z, d_halfway = halfway_back(d_half, half, wanted.weights)
+        d_x, d_first = convolve_back(d_z, read, rectified if wanted.weights else None, first, flipped[0], stride, 1,
+                                     wanted.x)
+        d.first.extend(d_first)
+        d.halfway.append(_unsquare(d_halfway))
+        d.second.extend(d_second)
+        return d_x
 
-    def _separable(self, rectified, weights, statistics):
-        if not self.sep:
-            return None, None
-        kernels = [next(weights) for _ in self.sep]
-        z, shift = convolve(rectified, kernels, self.stride, centred=statistics.pool)
-        half, again = halfway(z, shift, _square(next(weights)), self._layers(self.sep, 3), statistics)
-        kernels = [next(weights) for _ in self.sep]
-        return convolve(half, kernels, centred=statistics.pool, again=again)
+    return convolve(half, second, shift=shift), shift, back
 
-    def _dilated(self, rectified, weights, statistics):
-        if not self.dil:
-            return None, None, False
-        kernels = [next(weights) for _ in self.dil]
-        rectified, dilation, phased = self._undilated(rectified)
-        return *convolve(rectified, kernels, 1, dilation, statistics.pool), phased
 
-    def _undilated(self, rectified):
-        """The states as convolutions of dilation 2 read them, their dilation then, and whether these are `phases`."""
-        if self.stride == 2:  # reads every other pixel only, and is a plain convolution of those
-            return rectified[:, :, ::2, ::2].contiguous(), 1, False
-        if rectified.shape[2] % 2 == rectified.shape[3] % 2 == 0:
-            return phases(rectified), 1, True
-        return rectified, 2, False
+def _plain(edges, tape, x, rectified, sums, q, weights, statistics, wanted):
+    """Add pools, skips and maps of edges' own to the first of `sums`; `back` gives the gradients by x and q."""
+    S, E, stride, shape = edges.S, edges.E, edges.stride, x.shape
+    pools, skips, maps, indices = S * len(edges.pools), S * len(edges.skip), [], None
+    for name in edges.pools:
+        if tape.by_hand and name == "max_pool_3x3":
+            y, indices = max_pool2d(_images(x), 3, stride, 1, return_indices=True)
+            maps.append(_states(y, S))
+        else:
+            maps.append(pooled(name, x, stride))
+    own, own_back = _own(edges, rectified, weights, statistics, wanted)
+    maps += [x] * len(edges.skip) + own
+    plain = torch.cat(maps) if maps else x.new_empty(0)
+    if pools:
+        rows, pool = in_rows(plain[:pools]), statistics.pool
+        rows, mean, variance, rstd = normalise(rows, EPS, pool, tape.by_hand)
+        statistics.add(edges.pool_norms(), mean, variance, rows.shape[1])
+        plain = plain if tape.by_hand else torch.cat([rows.view_as(plain[:pools]), plain[pools:]])
+    if maps:
+        flat = plain.view(len(plain), -1)
+        total = None if sums[0] is None else sums[0].view(E, -1)
+        total = q @ flat if total is None else total.addmm_(q, flat) if tape.by_hand else torch.addmm(total, q, flat)
+        sums[0] = total.view(E, *plain.shape[1:])
+    kept, kept_indices = tape.keep(plain), tape.keep(indices)
 
-    def _pools(self, x):
-        """The pooled states (S, N, H', W', C) by each of `pools`."""
-        images = x.flatten(0, 1).permute(0, 3, 1, 2)
-        return [POOLS[name](images, self.stride).permute(0, 2, 3, 1).unflatten(0, x.shape[:2]) for name in self.pools]
-
-    def _plain(self, x, own, statistics):
-        """All maps that need no pointwise convolution, one after another; None if there are none."""
-        maps = self._pools(x) + ([x] if self.skip else []) + own
-        plain = torch.cat(maps) if maps else None
-        return statistics.normalise_(plain, self._pool_norms(), len(self.pools) * self.S) if self.pools else plain
-
-    def _pool_norms(self):
-        """Of every edge, by pool."""
-        return [op[1] for name in self.pools for op in self.ops[name]]
-
-    def _own(self, rectified, weights, statistics):
-        maps, edges = [], self.S * self.E
-        for name in self.own:
-            first, second = next(weights), next(weights)
-            if name == "skip_connect":
-                y, norms = factorized_reduce(rectified, first, second, edges), [op.bn for op in self.ops[name]]
-            else:
-                y, norms = rectified.permute(1, 0, 4, 2, 3).flatten(1, 2), [op[3] for op in self.ops[name]]
-                y = conv2d(y, first, None, (1, self.stride), (0, 3), 1, self.S)
-                y = conv2d(y, second, None, (self.stride, 1), (3, 0), 1, edges).permute(0, 2, 3, 1)
-            maps.append(_apart(statistics.normalise(y, norms), edges))
-        return maps
-
-    def _by_running_statistics(self, x, p, q, weights, statistics):
-        """The sums, a block of edges at a time: with nothing to keep, every map serves while it is in the cache."""
-        rectified, E, C = x.relu(), self.E, x.shape[-1]
-        kernels = [next(weights) for _ in self.sep]
-        if self.sep:
-            halfway_scale, halfway_shift = running_scale(_square(next(weights)), None, self._layers(self.sep, 3))
-        again, dilated = ([next(weights) for _ in names] for names in (self.sep, self.dil))
-        if self.sep or self.dil:
-            scale, shift = running_scale(_square(next(weights)), p, self._layers(self.sep + self.dil, -1))
-        out = self._running_plain(x, q, self._own(rectified, weights, statistics), statistics)
-        total, group = out.view(E, -1, C), 0
-        for kernel, second in zip(kernels, again):
-            for z in blockwise(rectified, kernel, self.stride):
-                groups, at = slice(group, group + len(z)), group % (self.S * E) * C
-                half = torch.baddbmm(halfway_shift[groups], in_rows(z), halfway_scale[groups]).relu_().view(z.shape)
-                for block in blockwise(half, second[at:at + len(z) * C]):
-                    _add_products(total, block, scale[groups], group)
-                group = groups.stop
-        if self.sep:
-            total += shift[:group].view(-1, E, 1, C).sum(0)
-        if not self.dil:
-            return out, None
-        rectified, dilation, phased = self._undilated(rectified)
-        inner = out.new_zeros(E, *_after(rectified, 1)) if phased else out
-        total = inner.view(E, -1, C)
-        total += shift[group:].view(-1, E, 1, C).sum(0)
-        for kernel in dilated:
-            for z in blockwise(rectified, kernel, 1, dilation):
-                _add_products(total, z, scale[group:group + len(z)], group)
-                group += len(z)
-        return out, inner if phased else None
-
-    def _running_plain(self, x, q, own, statistics):
-        """What pools, skips and `own` maps add to each node, (E, N, H', W', C)."""
-        rest = ([x] if self.skip else []) + own
-        shape, pools = (self.E, *_after(x, self.stride)), len(self.pools) * self.S
-        out = (q[:, pools:] @ torch.cat(rest).flatten(1)).view(shape) if rest else x.new_zeros(shape)
+    def back(grad, d_x, d_rectified, rectified, d):
+        plain, flat = kept(), grad.view(E, -1)
+        d_q = flat @ plain.view(len(plain), -1).t() if maps and wanted.alphas else None
+        if own:
+            part, d_own = own_back((q[:, pools + skips:].t() @ flat).view(-1, *plain.shape[1:]), rectified)
+            d.own.extend(d_own)
+            if wanted.x:
+                d_rectified = part if d_rectified is None else d_rectified.add_(part)
+        if not wanted.x:
+            return None, d_q
+        parts = []
+        if d_rectified is not None:
+            parts.append(torch.ops.aten.threshold_backward(d_rectified, rectified, 0, grad_input=d_rectified))
         if pools:
-            scale, shift = (t.to(x.dtype).view(pools, self.E, 1, 1, 1, -1)
-                            for t in statistics.running_scale(self._pool_norms(), q[:, :pools].t().flatten()))
-            for pooled, by in zip(torch.cat(self._pools(x)), scale):
-                out.addcmul_(pooled, by)
-            out += shift.sum(0)
-        return out
+            d_pools = (q[:, :pools].t() @ flat).view(pools, *plain.shape[1:])
+            centred_back(in_rows(d_pools), in_rows(plain[:pools]), rstd, statistics.pool)
+            for name, d_pool in zip(edges.pools, d_pools.split(S)):
+                parts.append(_states(_pool_back(name, _images(d_pool), _images(rectified), stride, kept_indices()), S))
+        if skips:
+            q_skip = q[:, pools:pools + skips].t()
+            d_x = (q_skip @ flat).view(shape) if d_x is None else d_x.view(S, -1).addmm_(q_skip, flat).view(shape)
+        for part in parts:
+            d_x = part if d_x is None else d_x.add_(part)
+        return d_x, d_q
+
+    return back
 
 
-def _after(x: Tensor, stride: int) -> Sequence[int]:
-    """The shape (N, H', W', C) of what an operation of this stride makes of a state of x (S, N, H, W, C)."""
-    _, N, H, W, C = x.shape
-    return N, -(-H // stride), -(-W // stride), C
+def _own(edges, rectified, weights, statistics, wanted):
+    """Maps of edges' own, and `back`: these few are computed again, by autograd."""
+    def back(grad, rectified):
+        if not wanted.x and not wanted.weights:
+            return None, ()
+        with torch.enable_grad():
+            x = rectified.detach().requires_grad_(wanted.x)
+            inputs = [x, *(weight.detach().requires_grad_(wanted.weights) for weight in weights)]
+            maps = edges.own_maps(x, inputs[1:], statistics)
+        of = [tensor for tensor in inputs if tensor.requires_grad]
+        gradients = torch.autograd.grad(maps, of, grad.split([len(m) for m in maps]))
+        return (gradients[0], gradients[1:]) if wanted.x else (None, gradients)
+
+    return edges.own_maps(rectified, weights, statistics), back
 
 
-def _add_products(total: Tensor, z: Tensor, scale: Tensor, group: int) -> None:
-    """Add the products of groups z (B, N, H, W, C), the first is `group`, to their edges' in total (E, pixels, C)."""
-    E = len(total)
-    if len(z) == 1:
-        total[group % E].addmm_(in_rows(z)[0], scale[0])
+def _pool_back(name, grad, x, stride, indices):
+    """The gradient by the images x, of which only the shape is read."""
+    if name == "max_pool_3x3":
+        return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, [3, 3], [stride] * 2, [1, 1], [1, 1], False,
+                                                               indices)
+    return torch.ops.aten.avg_pool2d_backward(grad, x, [3, 3], [stride] * 2, [1, 1], False, False, None)
+
+
+def _add(total: Tensor, part: Tensor, stride: int, phased: bool) -> None:
+    """Add the gradient of what `undilated` has made of x to that of x."""
+    if phased:
+        in_phases(total).add_(part.unflatten(1, (-1, 2, 2)))
     else:
-        for part, by in zip(in_rows(z).split(E), scale.split(E)):
-            total.baddbmm_(part, by)
+        (total[:, :, ::2, ::2] if stride == 2 else total).add_(part)
 
 
-def factorized_reduce(x: Tensor, first: Tensor, second: Tensor, edges: int) -> Tensor:
-    """Two pointwise convolutions of stride 2, the second one pixel further on, of all edges out of each state.
-
-    x (S, N, H, W, C), weights (edges*C_half, C, 1, 1); returns (N, H', W', edges*C_out).
-    """
-    S, N, H, W, C = x.shape
-    x = pad(x, (0, 0, 0, W % 2, 0, H % 2))
-    halves = []
-    for i, weight in enumerate((first, second)):
-        pixels = x[:, :, i::2, i::2].reshape(S, -1, C)
-        halves.append((pixels @ weight.view(S, -1, C).transpose(1, 2)).unflatten(2, (edges // S, -1)))
-    y = torch.cat(halves, 3).permute(1, 0, 2, 3)
-    return y.reshape(N, (H + 1) // 2, (W + 1) // 2, -1)
+def _images(x: Tensor) -> Tensor:
+    """(S, N, H, W, C) -> (S*N, C, H, W)."""
+    return x.flatten(0, 1).permute(0, 3, 1, 2)
 
 
-def _square(weight: Tensor) -> Tensor:
-    """(K*C, C, 1, 1) -> (K, C, C)."""
-    return weight.view(-1, weight.shape[1], weight.shape[1])
+def _states(images: Tensor, S: int) -> Tensor:
+    """The inverse of `_images`."""
+    return images.permute(0, 2, 3, 1).unflatten(0, (S, -1))
 
 
-def _apart(x: Tensor, groups: int) -> Tensor:
-    """(N, H, W, groups*C) -> (groups, N, H, W, C)."""
-    return x.unflatten(3, (groups, -1)).permute(3, 0, 1, 2, 4)
+def _unsquare(weight: Tensor | None) -> Tensor | None:
+    """The inverse of `square`."""
+    return None if weight is None else weight.flatten(0, 1)[:, :, None, None]
+
+
+def _pixels(z: Tensor) -> int:
+    return z[0].numel() // z.shape[-1]
+
+
+def undilated(x: Tensor, stride: int) -> tuple[Tensor, int, bool]:
+    """The states as convolutions of dilation 2 read them, their dilation then, and whether these are `phases`."""
+    if stride == 2:  # reads every other pixel only, and is a plain convolution of those
+        return x[:, :, ::2, ::2].contiguous(), 1, False
+    if x.shape[2] % 2 == x.shape[3] % 2 == 0:
+        return phases(x), 1, True
+    return x, 2, False

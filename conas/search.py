@@ -36,12 +36,19 @@ from conas.run import Run, folder_name
 from conas.spaces import Space
 from conas.speed import checkpointed, compile_cells, find_precision, set_tf32
 from conas.streams import Stream, stratified_split
+from conas.supernet import Supernet, constant_alphas
 
 GROUPS = (DataOptions, AugmentOptions, SupernetOptions, WeightOptions, AlphaOptions, RunOptions, KeepOptions,
           ProcessOptions, SpeedOptions)
 
 
-def weight_step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch, grad_clip: float,
+def weight_optimizer(network: Supernet, options: WeightOptions) -> torch.optim.SGD:
+    """The SGD of the weights; fused, since they are a thousand small tensors."""
+    return torch.optim.SGD(network.weights().values(), lr=options.learning_rate, momentum=options.momentum,
+                           weight_decay=options.weight_decay, fused=True)
+
+
+def weight_step(network: Supernet, optimizer: torch.optim.Optimizer, batch: Batch, grad_clip: float,
                 skip: bool = False, amp: bool = False) -> tuple[Tensor, Tensor]:
     """One SGD step of the weights. Returns the loss and the number of right answers, on the device.
 
@@ -51,13 +58,16 @@ def weight_step(network: nn.Module, optimizer: torch.optim.Optimizer, batch: Bat
     gradient that is not finite leaves weights and running statistics as they were.
     """
     images, labels = batch
-    weights = optimizer.param_groups[0]["params"]
     before = snapshot(network) if skip else None
-    optimizer.zero_grad(set_to_none=True)
-    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        logits = network(images)
+    w = network.flat().detach().requires_grad_()
+    with constant_alphas(network), torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        logits = network(images, w)
         loss = distributed.weighed(cross_entropy(logits, labels), len(labels))
-    loss.backward(inputs=weights)  # the alphas' gradients are not wanted here
+    (gradient,) = torch.autograd.grad(loss, [w])
+    weights = network.packing()
+    for p, part in zip(weights, gradient.split([p.numel() for p in weights])):
+        part = part.view(p.shape)  # the fused optimizer takes it in the order of memory
+        p.grad = part if p.is_contiguous() else torch.empty_like(p).copy_(part)
     hits = (logits.argmax(dim=1) == labels).sum()
     loss, hits = distributed.after_backward(network, optimizer, loss, hits, len(labels))
     return descend(optimizer, loss, grad_clip, before), hits
@@ -90,8 +100,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     network = space.network(supernet.init_channels, images.info.num_classes, supernet.layers, images.info.channels)
     network.synced = processes.sync_bn
     network.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.weights().values(), lr=weights.learning_rate, momentum=weights.momentum,
-                                weight_decay=weights.weight_decay)
+    optimizer = weight_optimizer(network, weights)
     architect = architect_class(network, optimizer, arch_learning_rate=alphas.arch_learning_rate,
                                 arch_weight_decay=alphas.arch_weight_decay, unrolled=alphas.unrolled,
                                 hvp=alphas.hvp)

@@ -1,10 +1,11 @@
 """What BatchNorm normalises by in one pass through a supernet, and what the pass leaves behind."""
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from conas.synced import Pool, batch_norm, batch_norm_
+from conas.fused import Tape
+from conas.synced import Pool, batch_norm, normalise, normalise_back
 
 
 class Statistics:
@@ -28,9 +29,9 @@ class Statistics:
 
     def add_folded(self, norms: Sequence[nn.BatchNorm2d], shifts: Sequence[Tensor], weight: Tensor, variance: Tensor,
                    pixels: int) -> None:
-        """`add` of W z with weight (K, C, C), for z that have mean zero since `shifts`, K of (1, C), were added."""
+        """`add` of W z with weight (K, C, C), for z that have mean zero since `shifts`, together (K, C), were added."""
         if self.keep:
-            mean = -torch.cat(list(shifts)).detach() @ weight.detach().transpose(1, 2)
+            mean = -torch.cat(list(shifts)).detach()[:, None] @ weight.detach().transpose(1, 2)
             self.add(norms, mean, variance, pixels)
 
     @staticmethod
@@ -59,14 +60,25 @@ class Statistics:
             x = nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
         return x.permute(0, 2, 3, 1)
 
-    def normalise_(self, x: Tensor, norms: Sequence[nn.BatchNorm2d], maps: int | None = None) -> Tensor:
-        """BatchNorm of the first `maps` of x (K, N, H, W, C), in place: see `synced.batch_norm_`."""
+    def normalise_states(self, tape: Tape, x: Tensor, norms: Sequence[nn.BatchNorm2d]
+                         ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """BatchNorm of x (K, N, H, W, C), of which each map has its own of K norms, and the way back.
+
+        By hand it is in x's own memory.
+        """
         if not self.batch:
             scale, shift = (t[:, None, None].to(x.dtype) for t in self.running_scale(norms))
-            return torch.addcmul(shift, x, scale)
-        x, mean, variance = batch_norm_(x, norms[0].eps, self.pool, maps)
-        self.add(norms, mean, variance, x[0].numel() // x.shape[-1])
-        return x
+            return torch.addcmul(shift, x, scale), lambda grad: grad * scale
+        rows = x.view(len(x), -1, x.shape[-1])
+        y, mean, variance, rstd = normalise(rows, norms[0].eps, self.pool, tape.by_hand)
+        self.add(norms, mean, variance, rows.shape[1])
+        kept, shape = tape.keep(y), x.shape
+
+        def back(grad: Tensor) -> Tensor:
+            y = kept()
+            return normalise_back(grad.view(y.shape), y, rstd, self.pool)[0].view(shape)
+
+        return y.view(shape), back
 
     @torch.no_grad()
     def update(self) -> None:

@@ -1,7 +1,7 @@
 """The search network: DARTS' continuous relaxation (arXiv:1806.09055, section 2.2) over a space's primitives."""
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import reduce
+from functools import partial
 from itertools import islice
 from operator import call
 
@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from conas.depthwise import interleave
+from conas.depthwise import in_phases, interleave
+from conas.edges import MixedEdges, factorized_reduce
+from conas.fused import Tape, by_hand, recorded
 from conas.genotype import EDGES, NODES, Genotype, derive
-from conas.mixed import MixedEdges, factorized_reduce
+from conas.mixed import Wanted, train
 from conas.operations import OPERATIONS, FactorizedReduce, ReLUConvBN
+from conas.running import evaluate
 from conas.statistics import Statistics
 from conas.synced import Pool
 
@@ -57,30 +60,75 @@ class SearchCell(nn.Module):
         self.mixed = [MixedEdges(primitives, [self._ops[edge] for edge in edges], states=1 if n else 2,
                                  stride=2 if reduction and n == 0 else 1) for n, edges in enumerate(OUTGOING)]
         self.takes = len(self.packs())  # of the weights
+        self.arranges = sum(edges.arranges for edges in self.mixed)
 
     def packs(self) -> list[list[nn.Parameter]]:
         """The weights as packs to be concatenated, in the order in which `forward` takes them."""
         preprocess = [[p] for module in (self.preprocess0, self.preprocess1) for p in module.parameters()]
         return preprocess + [pack for edges in self.mixed for pack in edges.packs()]
 
-    def forward(self, s0: Tensor, s1: Tensor, shares: Sequence[tuple], weights: Sequence[Tensor],
-                statistics: Statistics) -> Tensor:
-        """`s0`, `s1` (N, H, W, C) come after ReLU; `shares` are the softmax of the alphas, for each of `mixed`."""
+    def forward(self, s0: Tensor, s1: Tensor, shares: Sequence[Tensor | None], weights: Sequence[Tensor],
+                arranged: Sequence[Tensor], statistics: Statistics) -> Tensor:
+        """`s0`, `s1` (N, H, W, C) come after ReLU; `shares` are p and q, made of the alphas, for each of `mixed`."""
         weights = iter(weights)
-        source = torch.stack([_preprocess(self.preprocess0, s0, weights), _preprocess(self.preprocess1, s1, weights)])
-        source = statistics.normalise_(source, [_norm(self.preprocess0), _norm(self.preprocess1)])
-        nodes, arriving, arriving_in_phases = [], [[] for _ in range(NODES)], [[] for _ in range(NODES)]
-        for n, (edges, (p, q)) in enumerate(zip(self.mixed, shares)):
-            out, in_phases = edges(source, p, q, weights, statistics)
-            for terms, sums in (arriving, out), (arriving_in_phases, in_phases):
-                for node, term in enumerate([] if sums is None else sums.unbind(), start=n):
-                    terms[node].append(term)
-            # all edges into node n have now been computed: equation 1
-            if arriving_in_phases[n]:
-                arriving[n].append(interleave(reduce(torch.add, arriving_in_phases[n])))
-            nodes.append(reduce(torch.add, arriving[n]))
-            source = nodes[n][None]
-        return torch.cat(nodes, dim=3)
+        inputs = [_preprocess(self.preprocess0, s0, weights), _preprocess(self.preprocess1, s1, weights)]
+        run = partial(self._nodes, statistics)
+        return (by_hand if statistics.batch else recorded)(run, *inputs, *shares, *weights, *arranged)
+
+    def _nodes(self, statistics: Statistics, tape: Tape, s0: Tensor, s1: Tensor, *others: Tensor | None):
+        """The output from both inputs ahead of their BatchNorm, and the way back; see `by_hand`."""
+        shares, rest = others[:2 * NODES], iter(others[2 * NODES:])
+        weights = [edges.take(rest) for edges in self.mixed]
+        first = 2 + 2 * NODES
+        wanted = Wanted(any(tape.wanted[:2]), any(tape.wanted[2:first]), any(tape.wanted[first:]))
+        norms = [_norm(self.preprocess0), _norm(self.preprocess1)]
+        source, source_back = statistics.normalise_states(tape, torch.stack([s0, s1]), norms)
+        sums, nodes, ways_back = [None, None], [], []  # sums of what has come to each node, and the same in phases
+        for n, edges in enumerate(self.mixed):
+            terms = edges, source, sums, shares[2 * n], shares[2 * n + 1], weights[n]
+            if statistics.batch:
+                arranged = list(islice(rest, edges.arranges))
+                ways_back.append(train(tape, *terms, arranged, statistics, wanted._replace(x=n > 0 or wanted.x)))
+            else:
+                evaluate(*terms, statistics)
+            source = complete(sums, tape)  # all edges into node n have been computed: equation 1
+            nodes.append(source)
+        phased = sums[1] is not None
+
+        def back(grad: Tensor):
+            """From the last node to the first: when its turn comes, all edges out of it have added to its gradient."""
+            d_nodes = grad.unflatten(3, (NODES, -1)).permute(3, 0, 1, 2, 4).contiguous()
+            _, N, H, W, C = d_nodes.shape
+            d_phased = d_nodes.new_empty(NODES, 4 * N, H // 2, W // 2, C) if phased else None
+            gradients = [None] * len(others)
+            at = 2 * NODES + sum(len(pack) for of in weights for pack in of)
+            for n in reversed(range(NODES)):
+                d_nodes[n] -= statistics.pool.mean(d_nodes[n].mean((0, 1, 2)))  # see conas/mixed.py
+                if phased:
+                    d_phased[n].unflatten(0, (-1, 2, 2)).copy_(in_phases(d_nodes[n]))
+                d_sums = d_nodes[n:], d_phased[n:] if phased else None
+                d_source, *of_shares, d_weights = ways_back[n](d_sums, d_nodes[n - 1:n] if n else None)
+                gradients[2 * n:2 * n + 2] = of_shares
+                begin = at - sum(len(pack) for pack in weights[n])
+                gradients[begin:at], at = d_weights, begin
+            d_inputs = source_back(d_source) if wanted.x else (None, None)
+            return *d_inputs, *gradients
+
+        return torch.cat([node[0] for node in nodes], 3), back
+
+
+def complete(sums: list[Tensor | None], tape: Tape) -> Tensor:
+    """The first node's state (1, N, H, W, C); `sums` go on without it."""
+    first = [None if of is None else of[:1] for of in sums]
+    sums[:] = [None if of is None else of[1:] for of in sums]
+    if first[1] is None:
+        return first[0]
+    if first[0] is None:
+        return interleave(first[1][0])[None]
+    if not tape.by_hand:
+        return first[0] + interleave(first[1][0])
+    in_phases(first[0]).add_(first[1].unflatten(1, (-1, 2, 2)))
+    return first[0]
 
 
 def _preprocess(module: nn.Module, x: Tensor, weights: Iterator[Tensor]) -> Tensor:
@@ -129,18 +177,30 @@ class Supernet(nn.Module):
         self._packs = [[self.stem[0].weight], [self.stem[1].weight], [self.stem[1].bias],
                        *(pack for cell in self.cells for pack in cell.packs()),
                        [self.classifier.weight], [self.classifier.bias]]
+        places, count = {}, 0
+        for p in self.packing():
+            places[p] = torch.arange(count, count + p.numel()).view(p.shape)
+            count += p.numel()
+        arranged = [part for cell in self.cells for edges in cell.mixed for part in edges.arrangements(places, count)]
+        self._arranged = [part.shape for part in arranged]
+        index = torch.cat([part.flatten() for part in arranged] or [torch.empty(0)]).int()
+        self.register_buffer("arrangement", index, persistent=False)
 
     def packing(self) -> list[nn.Parameter]:
         """The weights in the order of the flat vector that `with_weights` takes."""
         return [p for pack in self._packs for p in pack]
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Logits (N, num_classes) of images (N, in_channels, H, W).
+    def flat(self) -> Tensor:
+        """The weights as one vector."""
+        return torch.cat([p.reshape(-1) for p in self.packing()])
+
+    def forward(self, x: Tensor, w: Tensor | None = None) -> Tensor:
+        """Logits (N, num_classes) of images (N, in_channels, H, W), by the network's weights or by `flat()` ones.
 
         Under autocast all of the pass is in its type, since the cells' gradients by hand know one type only: images and
         weights are cast once, logits come back in the type of the weights.
         """
-        w, kind = torch.cat([p.reshape(-1) for p in self.packing()]), x.device.type
+        w, kind = self.flat() if w is None else w, x.device.type
         if not torch.is_autocast_enabled(kind):
             return self.with_weights(x, w)
         dtype = torch.get_autocast_dtype(kind)
@@ -149,7 +209,7 @@ class Supernet(nn.Module):
 
     def with_weights(self, x: Tensor, w: Tensor) -> Tensor:
         """`forward` with the weights in the flat vector `w` in place of the network's own."""
-        weights = self._unpack(w)
+        weights, arranged = self._unpack(w), self._arrange(w) if self.training else iter(())
         pool = Pool.of_all(len(x)) if self.synced and self.training else None
         statistics = Statistics(batch=self.training, keep=not self.frozen, pool=pool)
         shares = {reduction: self._shares(alphas, reduction, w.dtype)
@@ -158,8 +218,8 @@ class Supernet(nn.Module):
         out = statistics.normalise(x, [self.stem[1]], next(weights), next(weights))
         s0 = s1 = out.relu()  # every cell begins with it
         for cell in self.cells:
-            own = list(islice(weights, cell.takes))
-            out = self.run_cell(cell, s0, s1, shares[cell.reduction], own, statistics)
+            own = list(islice(weights, cell.takes)), list(islice(arranged, cell.arranges))
+            out = self.run_cell(cell, s0, s1, shares[cell.reduction], *own, statistics)
             s0, s1 = s1, out.relu()
         statistics.update()
         statistics.keep = False  # a checkpointed cell that is computed again brings no other batch
@@ -169,11 +229,17 @@ class Supernet(nn.Module):
         packs = w.split([sum(p.numel() for p in pack) for pack in self._packs])
         return iter([flat.view(-1, *pack[0].shape[1:]) for flat, pack in zip(packs, self._packs)])
 
-    def _shares(self, alphas: Tensor, reduction: bool, dtype: torch.dtype) -> list[tuple]:
+    def _arrange(self, w: Tensor) -> Iterator[Tensor]:
+        """Depthwise kernels of all cells in other orders, see `MixedEdges.arrangements`: in one call for all."""
+        flat = torch.cat([w, w.new_zeros(1)]).index_select(0, self.arrangement)
+        parts = flat.split([shape.numel() for shape in self._arranged])
+        return iter([part.view(shape) for part, shape in zip(parts, self._arranged)])
+
+    def _shares(self, alphas: Tensor, reduction: bool, dtype: torch.dtype) -> list[Tensor | None]:
         """The probabilities of equation 2 as each of a cell's `mixed` takes them; cells of a kind share them."""
         edges = next((cell.mixed for cell in self.cells if cell.reduction == reduction), [])
         rows = alphas.softmax(dim=-1).to(dtype)[self.outgoing].split([len(edges) for edges in OUTGOING])
-        return [mixed.shares(part) for mixed, part in zip(edges, rows)]
+        return [share for mixed, part in zip(edges, rows) for share in mixed.shares(part)]
 
     def alphas(self) -> dict[str, nn.Parameter]:
         """The architecture parameters by name."""
@@ -199,3 +265,15 @@ def frozen_statistics(network: Supernet) -> Iterator[None]:
         yield
     finally:
         network.frozen = False
+
+
+@contextmanager
+def constant_alphas(network: nn.Module) -> Iterator[None]:
+    """Inside, passes know that no gradient by the alphas is wanted, and leave out what only these need."""
+    for alpha in network.alphas().values():
+        alpha.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for alpha in network.alphas().values():
+            alpha.requires_grad_(True)

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from conas import distributed
-from conas.fused import fused, is_twice_differentiable
+from conas.fused import Tape, by_hand
 
 
 @dataclass
@@ -50,71 +49,61 @@ class Pool:
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pool: Pool
                ) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm of x (N, C, H, W), and the mean and the biased variance (C,) that it is by, without gradients."""
-    y, mean, variance = fused(_BatchNorm, x.permute(0, 2, 3, 1)[None], weight, bias, eps, pool, None)
-    return y[0].permute(0, 3, 1, 2), mean.view(-1), variance.view(-1)
+    seen = []
+
+    def run(tape: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None):
+        rows = x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[1])
+        y, mean, variance, rstd = normalise(rows, eps, pool, False)
+        seen.extend((mean, variance))
+        kept, kept_weight, size = tape.keep(y), tape.keep(weight), (len(x), *x.shape[2:], x.shape[1])
+
+        def back(grad):
+            y, weight = kept(), kept_weight()
+            grad = grad.permute(0, 2, 3, 1).reshape(y.shape)
+            d_x, d_weight, d_bias = normalise_back(grad, y, rstd if weight is None else rstd * weight, pool)
+            d_weight, d_bias = (None, None) if weight is None else (d_weight.view(-1), d_bias.view(-1))
+            return d_x.view(size).permute(0, 3, 1, 2), d_weight, d_bias
+
+        y = y if weight is None else torch.addcmul(bias, y, weight)
+        return y.view(size).permute(0, 3, 1, 2), back
+
+    y = by_hand(run, x, weight, bias)
+    return y, *(statistic.detach().view(-1) for statistic in seen)
 
 
-def batch_norm_(x: Tensor, eps: float, pool: Pool, maps: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm of each of the first `maps` (default: all) of x (K, N, H, W, C), in x itself, which is returned.
+def normalise(rows: Tensor, eps: float, pool: Pool, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """BatchNorm of rows (K, P, C), each of K maps by itself; in place if they are the caller's `own`.
 
-    And the means and biased variances (maps, 1, C), without gradients. Nothing else may need the x that was, nor, if
-    there are more maps, the gradient of what is returned.
+    And the mean, the biased variance and 1/std that it is by, (K, 1, C) and not in bfloat16.
     """
-    return fused(_BatchNorm, x, None, None, eps, pool, maps or len(x))
+    exact = rows if rows.dtype == torch.float64 else rows.float()
+    mean = pool.mean(exact.mean(1, keepdim=True))
+    centred = torch.sub(exact, mean, out=exact if own else None)
+    variance = pool.mean(_product(centred, centred) / rows.shape[1])
+    rstd = (variance + eps).rsqrt()
+    y = torch.mul(centred, rstd, out=centred if own else None).to(rows.dtype)
+    return rows.copy_(y) if own and y.dtype != exact.dtype else y, mean, variance, rstd
+
+
+def centred_back(grad: Tensor, y: Tensor, rstd: Tensor, pool: Pool) -> Tensor:
+    """In place, from the gradient by y = `normalise(x)` to that by x, for a gradient of mean zero over all images."""
+    slope = pool.sum(_product(grad, y)).div_(-pool.count(y.shape[1])).to(grad.dtype)
+    return grad.addcmul_(y, slope).mul_(rstd.to(grad.dtype))
+
+
+def normalise_back(grad: Tensor, y: Tensor, scale: Tensor, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
+    """From the gradient by a y + b, for y = `normalise(x)`, to those by x, a and b; `scale` is a/std."""
+    of_b, of_a = grad.sum(1, keepdim=True, dtype=scale.dtype), _product(grad, y).to(scale.dtype)
+    of_g, of_gy = pool.sum(torch.stack([of_b, of_a])) if pool.shared else (of_b, of_a)
+    share = scale / -pool.count(grad.shape[1])
+    shift, slope, scale = (t.to(grad.dtype) for t in (share * of_g, share * of_gy, scale))
+    d_x = torch.addcmul(shift, y, slope)
+    return torch.addcmul(d_x, grad, scale, out=d_x), of_a, of_b
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """The sum over P pixels of a b, (K, P, C) to (K, 1, C): by a matrix product, where that is cheap."""
-    if a.shape[-1] > 64:
-        return (a * b).sum(1, keepdim=True)
-    return torch.bmm(a.transpose(1, 2), b).diagonal(dim1=1, dim2=2)[:, None]
-
-
-class _BatchNorm(torch.autograd.Function):
-    """Of x (K, N, H, W, C), each of K maps by itself; if `maps` is given, of the first ones, in place."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, eps, pool, maps):
-        part = x if maps is None else x[:maps]
-        rows = (part.reshape if maps is None else part.view)(len(part), -1, x.shape[-1])  # a copy would not be in place
-        exact = rows if x.dtype == torch.float64 else rows.float()
-        # derivatives of second order need every step of the way
-        own = maps is not None and not is_twice_differentiable() and not torch.compiler.is_compiling()
-        mean = pool.mean(exact.mean(1, keepdim=True))
-        centred = torch.sub(exact, mean, out=exact if own else None)
-        variance = pool.mean(_product(centred, centred) / rows.shape[1])
-        rstd = (variance + eps).rsqrt()
-        y = torch.mul(centred, rstd, out=centred if own else None).to(x.dtype)
-        ctx.save_for_backward(x if own else y, weight, rstd)
-        ctx.pool, ctx.maps = pool, maps
-        ctx.mark_non_differentiable(mean, variance)
-        if own:
-            ctx.mark_dirty(x)
-            if y.dtype != exact.dtype:
-                rows.copy_(y)
-            return x, mean, variance
-        y = y if weight is None else torch.addcmul(bias, y, weight)
-        y = y.view(part.shape)
-        return y if len(part) == len(x) else torch.cat([y, x[maps:]]), mean, variance
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _mean, _variance):
-        y, weight, rstd = ctx.saved_tensors
-        alone = ctx.maps is None or ctx.maps == len(grad)
-        part = (grad if alone else grad[:ctx.maps]).reshape(len(rstd), -1, grad.shape[-1])
-        y = y[:len(rstd)].view(part.shape)
-        d_bias = part.sum(1, keepdim=True, dtype=rstd.dtype)
-        d_weight = _product(part, y).to(rstd.dtype)
-        of_g, of_gy = ctx.pool.sum(torch.stack([d_bias, d_weight])) if ctx.pool.shared else (d_bias, d_weight)
-        scale = rstd if weight is None else rstd * weight
-        share = scale / -ctx.pool.count(part.shape[1])
-        shift, slope, scale = (t.to(grad.dtype) for t in (share * of_g, share * of_gy, scale))
-        d_x = torch.addcmul(shift, y, slope)
-        d_x = torch.addcmul(d_x, part, scale, out=d_x if alone else part).view(-1, *grad.shape[1:])
-        affine = weight is not None
-        return (d_x if alone else grad, d_weight.view(-1) if affine else None, d_bias.view(-1) if affine else None,
-                None, None, None)
+    """The sum over P pixels of a b, (K, P, C) to (K, 1, C): not by a matrix product, which may add them one by one."""
+    return (a * b).sum(1, keepdim=True)
 
 
 class SyncedBatchNorm2d(nn.BatchNorm2d):

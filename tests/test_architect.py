@@ -25,7 +25,9 @@ class Smooth(nn.Module):
         self.alphas_normal = nn.Parameter(torch.randn(2))
         self.alphas_reduce = nn.Parameter(torch.randn(2))
 
-    def forward(self, x):
+    def forward(self, x, w=None):
+        if w is not None:
+            return self.with_weights(x, w)
         normal, reduce = self.alphas_normal.softmax(0), self.alphas_reduce.softmax(0)
         x = self.first(x)
         x = normal[0] * x.tanh() + normal[1] * x.sin()
@@ -40,6 +42,9 @@ class Smooth(nn.Module):
 
     def packing(self):
         return list(self.weights().values())
+
+    def flat(self):
+        return torch.cat([p.reshape(-1) for p in self.packing()])
 
     def with_weights(self, x, w):
         parts = w.split([p.numel() for p in self.packing()])

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.search_step import Contestant
 from conas.statistics import Statistics
-from conas.synced import Pool, batch_norm_
+from conas.synced import Pool, centred_back, normalise, normalise_back
 from tests.parity import fill, set_alphas
 
 CHANNELS, LAYERS, BATCH, SIZE = 4, 3, 8, 16
@@ -58,20 +58,26 @@ def test_batch_norm_of_channels_last_maps_keeps_its_digits():
     assert (found - exact).abs().max() < 4e-7 * exact.abs().max()
 
 
-@pytest.mark.parametrize("maps", [1, 2, 3])
-def test_batch_norm_in_place_is_the_library_s(maps):
-    """Of the first maps; the others pass through, and so do their gradients."""
+@pytest.mark.parametrize("own", [False, True])
+def test_batch_norm_of_several_maps_is_the_library_s(own):
+    """In place too; and so are its gradients, of which that of mean zero needs one sum less."""
     torch.manual_seed(0)
-    x = torch.randn(3, 4, 5, 6, 8, dtype=torch.float64, requires_grad=True)
-    weight = torch.randn_like(x)
-    parts = [F.batch_norm(m.permute(0, 3, 1, 2), None, None, training=True).permute(0, 2, 3, 1) for m in x[:maps]]
-    expected = torch.cat([torch.stack(parts), x[maps:]])
-    found, mean, variance = batch_norm_(x * 1, 1e-5, Pool(), maps)
+    x, grad = torch.randn(2, 3, 120, 8, dtype=torch.float64)
+    x.requires_grad_()
+    expected = torch.stack([F.batch_norm(m, None, None, training=True) for m in x])
+    rows = x.detach().clone()
+    found, mean, variance, rstd = normalise(rows, 1e-5, Pool(), own)
+    assert (found.data_ptr() == rows.data_ptr()) == own
     torch.testing.assert_close(found, expected)
-    torch.testing.assert_close(mean[:, 0], x[:maps].mean((1, 2, 3)))
-    torch.testing.assert_close(variance[:, 0], x[:maps].var((1, 2, 3), correction=0))
-    gradients = [torch.autograd.grad((y * weight).sum(), x)[0] for y in (found, expected)]
-    torch.testing.assert_close(*gradients)
+    torch.testing.assert_close(mean[:, 0], x.mean(1))
+    torch.testing.assert_close(variance[:, 0], x.var(1, correction=0))
+    for part in grad, grad - grad.mean(1, keepdim=True):
+        (of_x,) = torch.autograd.grad(expected, x, part, retain_graph=True)
+        d_x, of_scale, of_shift = normalise_back(part, found, rstd, Pool())
+        torch.testing.assert_close(d_x, of_x)
+        torch.testing.assert_close(of_scale, (part * found).sum(1, keepdim=True))
+        torch.testing.assert_close(of_shift, part.sum(1, keepdim=True))
+    torch.testing.assert_close(centred_back(part.clone(), found, rstd, Pool()), of_x)
 
 
 if __name__ == "__main__":

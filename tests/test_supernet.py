@@ -1,4 +1,5 @@
 """The supernet against the textbook one of the benchmarks: what it shares between edges must change no number."""
+from functools import partial
 from importlib import import_module
 
 import pytest
@@ -7,8 +8,9 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import textbook
 from conas import depthwise
+from conas.fused import by_hand
 from conas.genotype import NODES
-from conas.supernet import Supernet, frozen_statistics
+from conas.supernet import Supernet, constant_alphas, frozen_statistics
 from tests.parity import fill
 
 SPACES = ["cnn_space1", "cnn_space2", "cnn_space3"]
@@ -45,16 +47,37 @@ def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format
 
 
 @pytest.mark.parametrize("small", [depthwise.SMALL, 0])
+@pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("k", [1, 3, 5, 7])
-def test_gradients_of_depthwise_convolutions(k, stride, small, monkeypatch):
+def test_gradients_of_depthwise_convolutions(k, stride, dilation, small, monkeypatch):
     monkeypatch.setattr(depthwise, "SMALL", small)
+
+    def run(tape, x, *kernels):
+        def back(grad):
+            flipped = [kernel.flip(2, 3) for kernel in kernels]
+            d_x, d_kernels = depthwise.convolve_back(grad, x.shape, x, kernels, flipped, stride, dilation)
+            return d_x, *d_kernels
+
+        return depthwise.convolve(x, kernels, stride, dilation), back
+
     torch.manual_seed(0)
     for states, kinds, groups in (1, 1, 1), (2, 2, 8), (2, 1, 2), (1, 2, 3):
-        x, *weights = (torch.randn(shape, dtype=torch.float64, requires_grad=True)
+        x, *kernels = (torch.randn(shape, dtype=torch.float64, requires_grad=True)
                        for shape in [(states, 2, 6, 7, 4)] + kinds * [(groups * 4, 1, k, k)])
-        assert torch.autograd.gradcheck(lambda x, *w: depthwise.convolve(x, w, stride)[0], (x, *weights),
-                                        fast_mode=True, check_undefined_grad=False)
+        assert torch.autograd.gradcheck(partial(by_hand, run), (x, *kernels), fast_mode=True,
+                                        check_undefined_grad=False)
+
+
+def test_constant_alphas_change_no_gradient_of_the_weights():
+    network, _ = pair("cnn_space3")
+    x, y = torch.randn(5, 3, 16, 16, dtype=torch.float64), torch.arange(5)
+    w = network.flat().detach().requires_grad_()
+    (expected,) = torch.autograd.grad(cross_entropy(network(x, w), y), [w])
+    with constant_alphas(network):
+        logits = network(x, w)
+    (found,) = torch.autograd.grad(cross_entropy(logits, y), [w])
+    assert torch.equal(found, expected) and all(alpha.requires_grad for alpha in network.alphas().values())
 
 
 def test_frozen_statistics_change_no_output():
@@ -93,5 +116,5 @@ def test_the_smallest_space_works():
         primitives = ("none", "max_pool_3x3")
 
     network = Pools(C=2, layers=3)
-    network(torch.randn(2, 3, 8, 8)).sum().backward()
+    network(torch.randn(2, 3, 8, 8)).square().sum().backward()
     assert network.alphas_normal.grad.abs().sum() > 0

@@ -1,0 +1,164 @@
+"""The mixed edges of a cell, packed: all edges that leave the same states, computed together.
+
+One by one they are hundreds of small tensors. But the edges out of a state share its ReLU, its pools with their
+BatchNorm, and the windows that their convolutions read; and a convolution of one kind is the same work on every edge.
+So the maps of one kind on all edges are groups of one tensor, channels last:
+
+    state (S, N, H, W, C) --relu--> depthwise --halfway--> depthwise ---.      S states, E nodes: S*E edges
+                             |                      sep_conv            |
+                             '----> depthwise on phases ----------------+--mix--> (E, N, H', W', C), to be summed
+          '--> pools with BatchNorm, skip ------------------------------'
+                                                                      p, q: softmax of the alphas
+
+Here is what belongs to such edges; `conas/mixed.py` computes them in training, `conas/running.py` in evaluation.
+"""
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, conv2d, max_pool2d, pad
+
+from conas.statistics import Statistics
+
+POOLS = {"max_pool_3x3": lambda x, stride: max_pool2d(x, 3, stride, 1),
+         "avg_pool_3x3": lambda x, stride: avg_pool2d(x, 3, stride, 1, count_include_pad=False)}
+
+
+class Packs(NamedTuple):
+    """The weights of mixed edges, or their gradients: for each kind those of all edges, one after another."""
+
+    first: list[Tensor]    # of each sep_conv: the first depthwise kernels (S*E*C, 1, k, k)
+    halfway: list[Tensor]  # one tensor: the first pointwise weights (kinds*S*E*C, C, 1, 1); none without sep_conv
+    second: list[Tensor]   # of each sep_conv
+    dilated: list[Tensor]  # of each dil_conv
+    last: list[Tensor]     # one tensor: the pointwise weights ahead of the sum
+    own: list[Tensor]      # two for each operation that has maps of its own on every edge
+
+
+class MixedEdges:
+    """The edges out of S states into E nodes, all of one stride.
+
+    `mixed` are their MixedOps, by state, then node: the modules that hold parameters and running statistics.
+    """
+
+    def __init__(self, primitives: Sequence[str], mixed: Sequence[nn.Module], states: int, stride: int):
+        self.S, self.E, self.stride = states, len(mixed) // states, stride
+        self.primitives = primitives
+        self.ops = {primitive: [m._ops[k] for m in mixed] for k, primitive in enumerate(primitives)}
+        self.sep = [name for name in primitives if name.startswith("sep_conv")]
+        self.dil = [name for name in primitives if name.startswith("dil_conv")]
+        self.pools = [name for name in primitives if name in POOLS]
+        self.own = [name for name in primitives if name == "conv_7x1_1x7" or (name == "skip_connect" and stride == 2)]
+        self.skip = ["skip_connect"] if "skip_connect" in primitives and stride == 1 else []
+        self.dilations = [1] * bool(self.sep) + [2] * bool(self.dil)
+        sep, dil = len(self.sep), len(self.dil)
+        self.arranges = bool(sep + dil) + bool(sep) + (sep if stride == 1 else 0) + sep + dil
+
+    def layers(self, names: Sequence[str], i: int) -> list[nn.Module]:
+        """Layer i of these operations, for every operation on all edges."""
+        return [op.op[i] for name in names for op in self.ops[name]]
+
+    def packs(self) -> list[list[nn.Parameter]]:
+        """The parameters that are concatenated to make each of the tensors that `take` takes."""
+        layers = [self.layers([name], 1) for name in self.sep]
+        layers += [self.layers(self.sep, 2)] if self.sep else []
+        layers += [self.layers([name], 5) for name in self.sep]
+        layers += [self.layers([name], 1) for name in self.dil]
+        layers += [self.layers(self.sep + self.dil, -2)] if self.sep or self.dil else []
+        for name in self.own:
+            names = ("conv_1", "conv_2") if name == "skip_connect" else ("1", "2")
+            layers += [[op.get_submodule(layer) for op in self.ops[name]] for layer in names]
+        return [[layer.weight for layer in pack] for pack in layers]
+
+    def take(self, weights: Iterator[Tensor]) -> Packs:
+        """The next of the weights, as `packs` orders them."""
+        sep, dil = len(self.sep), len(self.dil)
+        counts = sep, min(sep, 1), sep, dil, min(sep + dil, 1), 2 * len(self.own)
+        return Packs(*([next(weights) for _ in range(count)] for count in counts))
+
+    def arrangements(self, places: Mapping[nn.Parameter, Tensor], nothing: int) -> list[Tensor]:
+        """Depthwise kernels in other orders, as places in the flat vector of all weights; at `nothing` is a zero.
+
+        `places` has those of each parameter, in its shape. For `depthwise.shifts`: the first kernels, (F, k*k, K, S,
+        E, C), and if there are any the second, (1, k*k, 1, K*S*E, 1, C); then what `convolve_back` needs `flipped`.
+        """
+        def kernels(names, i):
+            return [torch.cat([places[layer.weight] for layer in self.layers([name], i)]) for name in names]
+
+        def bordered(packs):
+            k = max(pack.shape[-1] for pack in packs)
+            packs = [pad(pack, [(k - pack.shape[-1]) // 2] * 4, value=nothing) for pack in packs]
+            return torch.stack([pack.view(self.S, self.E, -1, k * k).permute(3, 0, 1, 2) for pack in packs], 1)
+
+        first, second, dilated = kernels(self.sep, 1), kernels(self.sep, 5), kernels(self.dil, 1)
+        # families of fewer kinds, or of smaller kernels, get kernels of zeros, or borders
+        families = [family for family in (first, dilated) if family]
+        blank = torch.full_like(max((pack for family in families for pack in family), key=torch.numel), nothing) \
+            if families else None
+        arranged = []
+        if families:
+            kinds = max(map(len, families))
+            padded = bordered([pack for family in families for pack in family + [blank] * (kinds - len(family))])
+            arranged.append(padded.unflatten(1, (len(families), kinds)).movedim(1, 0))
+        if second:
+            arranged.append(bordered(second).flatten(1, 3)[None, :, None, :, None])
+        turned = (first if self.stride == 1 else []) + second + dilated
+        return arranged + [pack.flip(2, 3) for pack in turned]
+
+    def shares(self, probabilities: Tensor) -> tuple[Tensor | None, Tensor]:
+        """p (kinds*S*E,) and q (E, M) of equation 2, from the edges' probabilities (S*E, P).
+
+        p weighs convolutions, in the order of `sep` and `dil`; q the maps of `pools`, `skip` and `own`.
+        """
+        column = dict(zip(self.primitives, probabilities.unbind(1)))
+        convolutions = [column[name] for name in self.sep + self.dil]
+        # a map that all edges out of a state share has one column for each state, one of its own for each edge
+        q = [column[name].view(self.S, self.E).t() if name not in self.own else
+             torch.diag_embed(column[name].view(self.S, self.E)).transpose(0, 1).flatten(1)
+             for name in self.pools + self.skip + self.own]
+        return (torch.cat(convolutions) if convolutions else None,
+                torch.cat(q, 1) if q else probabilities.new_zeros(self.E, 0))
+
+    def pool_norms(self) -> list[nn.BatchNorm2d]:
+        """Of every edge, by pool."""
+        return [op[1] for name in self.pools for op in self.ops[name]]
+
+    def own_maps(self, rectified: Tensor, weights: Sequence[Tensor], statistics: Statistics) -> list[Tensor]:
+        """The maps (S*E, N, H', W', C) of each of `own`, with BatchNorm, from the states after ReLU."""
+        maps, edges, weights = [], self.S * self.E, iter(weights)
+        for name, first, second in zip(self.own, weights, weights):
+            if name == "skip_connect":
+                y, norms = factorized_reduce(rectified, first, second, edges), [op.bn for op in self.ops[name]]
+            else:
+                y, norms = rectified.permute(1, 0, 4, 2, 3).flatten(1, 2), [op[3] for op in self.ops[name]]
+                y = conv2d(y, first, None, (1, self.stride), (0, 3), 1, self.S)
+                y = conv2d(y, second, None, (self.stride, 1), (3, 0), 1, edges).permute(0, 2, 3, 1)
+            maps.append(statistics.normalise(y, norms).unflatten(3, (edges, -1)).permute(3, 0, 1, 2, 4))
+        return maps
+
+
+def pooled(name: str, x: Tensor, stride: int) -> Tensor:
+    """States (S, N, H, W, C), pooled."""
+    images = x.flatten(0, 1).permute(0, 3, 1, 2)
+    return POOLS[name](images, stride).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+
+
+def square(weight: Tensor) -> Tensor:
+    """(K*C, C, 1, 1) -> (K, C, C)."""
+    return weight.view(-1, weight.shape[1], weight.shape[1])
+
+
+def factorized_reduce(x: Tensor, first: Tensor, second: Tensor, edges: int) -> Tensor:
+    """Two pointwise convolutions of stride 2, the second one pixel further on, of all edges out of each state.
+
+    x (S, N, H, W, C), weights (edges*C_half, C, 1, 1); returns (N, H', W', edges*C_out).
+    """
+    S, N, H, W, C = x.shape
+    x = pad(x, (0, 0, 0, W % 2, 0, H % 2))
+    halves = []
+    for i, weight in enumerate((first, second)):
+        pixels = x[:, :, i::2, i::2].reshape(S, -1, C)
+        halves.append((pixels @ weight.view(S, -1, C).transpose(1, 2)).unflatten(2, (edges // S, -1)))
+    y = torch.cat(halves, 3).permute(1, 0, 2, 3)
+    return y.reshape(N, (H + 1) // 2, (W + 1) // 2, -1)

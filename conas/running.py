@@ -1,0 +1,80 @@
+"""Mixed edges by running statistics, for evaluation: nothing is kept, and a map serves while it is in the cache."""
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from conas.depthwise import blockwise
+from conas.edges import MixedEdges, Packs, pooled, square
+from conas.folded import in_rows, running_scale
+from conas.mixed import undilated
+from conas.statistics import Statistics
+
+
+def evaluate(edges: MixedEdges, x: Tensor, sums: list[Tensor | None], p: Tensor | None, q: Tensor, weights: Packs,
+             statistics: Statistics) -> None:
+    """Add to `sums` what the states x (S, N, H, W, C) contribute to the E nodes: see `conas.mixed.train`."""
+    for i, part in enumerate(_contribution(edges, x, p, q, weights, statistics)):
+        sums[i] = part if sums[i] is None else sums[i] if part is None else sums[i] + part
+
+
+def _contribution(edges, x, p, q, weights, statistics):
+    rectified, E, C = x.relu(), edges.E, x.shape[-1]
+    out = _plain(edges, x, q, edges.own_maps(rectified, weights.own, statistics), statistics)
+    if weights.last:
+        norms = edges.layers(edges.sep + edges.dil, -1)
+        scale, shift = running_scale(square(weights.last[0]), p, norms)
+    total, group = out.view(E, -1, C), 0
+    if edges.sep:
+        norms = edges.layers(edges.sep, 3)
+        halfway_scale, halfway_shift = running_scale(square(weights.halfway[0]), None, norms)
+    for kernel, second in zip(weights.first, weights.second):
+        for z in blockwise(rectified, kernel, edges.stride):
+            groups, at = slice(group, group + len(z)), group % (edges.S * E) * C
+            half = torch.baddbmm(halfway_shift[groups], in_rows(z), halfway_scale[groups]).relu_().view(z.shape)
+            for block in blockwise(half, second[at:at + len(z) * C]):
+                _add_products(total, block, scale[groups], group)
+            group = groups.stop
+    if edges.sep:
+        total += shift[:group].view(-1, E, 1, C).sum(0)
+    if not edges.dil:
+        return out, None
+    rectified, dilation, phased = undilated(rectified, edges.stride)
+    inner = out.new_zeros(E, *_after(rectified, 1)) if phased else out
+    total = inner.view(E, -1, C)
+    total += shift[group:].view(-1, E, 1, C).sum(0)
+    for kernel in weights.dilated:
+        for z in blockwise(rectified, kernel, 1, dilation):
+            _add_products(total, z, scale[group:group + len(z)], group)
+            group += len(z)
+    return out, inner if phased else None
+
+
+def _plain(edges, x, q, own, statistics):
+    """What pools, skips and `own` maps add to each node, (E, N, H', W', C)."""
+    rest = ([x] if edges.skip else []) + own
+    shape, pools = (edges.E, *_after(x, edges.stride)), len(edges.pools) * edges.S
+    out = (q[:, pools:] @ torch.cat(rest).flatten(1)).view(shape) if rest else x.new_zeros(shape)
+    if pools:
+        scale, shift = (t.to(x.dtype).view(pools, edges.E, 1, 1, 1, -1)
+                        for t in statistics.running_scale(edges.pool_norms(), q[:, :pools].t().flatten()))
+        for maps, by in zip(torch.cat([pooled(name, x, edges.stride) for name in edges.pools]), scale):
+            out.addcmul_(maps, by)
+        out += shift.sum(0)
+    return out
+
+
+def _after(x: Tensor, stride: int) -> Sequence[int]:
+    """The shape (N, H', W', C) of what an operation of this stride makes of a state of x (S, N, H, W, C)."""
+    _, N, H, W, C = x.shape
+    return N, -(-H // stride), -(-W // stride), C
+
+
+def _add_products(total: Tensor, z: Tensor, scale: Tensor, group: int) -> None:
+    """Add the products of groups z (B, N, H, W, C), the first is `group`, to their edges' in total (E, pixels, C)."""
+    E = len(total)
+    if len(z) == 1:
+        total[group % E].addmm_(in_rows(z)[0], scale[0])
+    else:
+        for part, by in zip(in_rows(z).split(E), scale.split(E)):
+            total.baddbmm_(part, by)
