@@ -1,4 +1,5 @@
 """The supernet against the textbook one of the benchmarks: what it shares between edges must change no number."""
+from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
 
@@ -8,7 +9,7 @@ from torch.nn.functional import cross_entropy
 
 from benchmarks import textbook
 from conas import depthwise
-from conas.fused import by_hand
+from conas.fused import by_hand, twice_differentiable
 from conas.genotype import NODES
 from conas.supernet import Supernet, constant_alphas, frozen_statistics
 from tests.parity import fill
@@ -78,6 +79,25 @@ def test_constant_alphas_change_no_gradient_of_the_weights():
         logits = network(x, w)
     (found,) = torch.autograd.grad(cross_entropy(logits, y), [w])
     assert torch.equal(found, expected) and all(alpha.requires_grad for alpha in network.alphas().values())
+
+
+@pytest.mark.parametrize("image_size", [8, 9])
+@pytest.mark.parametrize("primitives", [
+    ("none", "dil_conv_3x3"), ("none", "sep_conv_3x3"), ("none", "skip_connect"), ("none", "avg_pool_3x3"),
+    ("skip_connect", "conv_7x1_1x7", "sep_conv_7x7", "dil_conv_5x5", "dil_conv_3x3", "none", "max_pool_3x3")])
+def test_gradients_by_hand_are_those_that_autograd_records(primitives, image_size):
+    """For spaces that no folder has, too: of alphas and weights in one pass, and of alphas alone."""
+    network = type("Odd", (Supernet,), {"primitives": primitives})(C=2, layers=3).double()
+    fill(network, 0)
+    x, y = torch.randn(3, 3, image_size, image_size, dtype=torch.float64), torch.arange(3)
+    w, alphas, found = network.flat().detach().requires_grad_(), list(network.alphas().values()), []
+    for context in nullcontext, twice_differentiable:
+        with context():
+            found.append(torch.autograd.grad(cross_entropy(network.with_weights(x, w), y), [*alphas, w]))
+    found.append((*torch.autograd.grad(cross_entropy(network.with_weights(x, w.detach()), y), alphas), found[1][2]))
+    assert all(gradient.abs().max() > 1e-6 for gradient in found[1])
+    for gradients in found[0], found[2]:
+        torch.testing.assert_close(gradients, found[1], rtol=1e-9, atol=1e-13)
 
 
 def test_frozen_statistics_change_no_output():
