@@ -63,9 +63,9 @@ def weight_step(network: Supernet, optimizer: torch.optim.Optimizer, batch: Batc
     with constant_alphas(network), torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         logits = network(images, w)
         loss = distributed.weighed(cross_entropy(logits, labels), len(labels))
-    (gradient,) = torch.autograd.grad(loss, [w])
+    loss.backward(inputs=[w])
     weights = network.packing()
-    for p, part in zip(weights, gradient.split([p.numel() for p in weights])):
+    for p, part in zip(weights, w.grad.split([p.numel() for p in weights])):
         part = part.view(p.shape)  # the fused optimizer takes it in the order of memory
         p.grad = part if p.is_contiguous() else torch.empty_like(p).copy_(part)
     hits = (logits.argmax(dim=1) == labels).sum()
