@@ -40,6 +40,11 @@ def interleave(x: Tensor) -> Tensor:
     return x.reshape(N // 4, 2 * H, 2 * W, C)
 
 
+def add_interleaved(total: Tensor, part: Tensor) -> None:
+    """Add to total (S, N, 2H, 2W, C), in place, what has part (S, 4N, H, W, C) as its phases."""
+    in_phases(total).add_(part.unflatten(1, (-1, 2, 2)))
+
+
 def convolve(x: Tensor, kernels: Sequence[Tensor], stride: int = 1, dilation: int = 1, shift: Tensor | None = None
              ) -> Tensor:
     """Depthwise convolutions with odd square kernels and "same" padding, for groups of C channels.
@@ -118,8 +123,7 @@ def _groups_of(block: Tensor, C: int) -> Tensor:
 
 def _apart(blocks: list[Tensor], C: int) -> Tensor:
     """All groups of all blocks: (all groups, N, H, W, C), contiguous."""
-    parts = [_groups_of(block, C) for block in blocks]
-    return torch.cat(parts) if len(parts) > 1 else parts[0].contiguous()
+    return join([_groups_of(block, C) for block in blocks]).contiguous()
 
 
 def _convolution(x, weight, stride, dilation, bias=None):
@@ -155,7 +159,7 @@ def _input_gradient(grads, shape, kernels, flipped, stride, dilation):
 def _weight_gradient(grads, blocks, kernel, stride, dilation):
     k, kernels = kernel.shape[-1], kernel.chunk(len(grads))
     if k <= 3 or dilation > 1 or kernel.device.type != "cpu":
-        return _join([_gradients(grad, block, own, stride, dilation, dilation * (k // 2), (False, True))[1]
+        return join([_gradients(grad, block, own, stride, dilation, dilation * (k // 2), (False, True))[1]
                       for grad, block, own in zip(grads, blocks, kernels)])
     columns = []
     for s in range(0, k - 2, 2):  # columns s to s+2 of the kernel, from an input that begins s columns later
@@ -166,7 +170,7 @@ def _weight_gradient(grads, blocks, kernel, stride, dilation):
             if block is not inside:
                 padded, inside = _padded(block, left, right, k // 2, padded), block
             parts.append(_gradients(grad, padded, own[..., :3], stride, dilation, 0, (False, True))[1])
-        columns.append(_join(parts)[..., 1 if s else 0:])
+        columns.append(join(parts)[..., 1 if s else 0:])
     return torch.cat(columns, 3)
 
 
@@ -179,7 +183,8 @@ def _padded(x: Tensor, left: int, right: int, rows: int, last: Tensor | None) ->
     return last
 
 
-def _join(parts: list[Tensor]) -> Tensor:
+def join(parts: Sequence[Tensor]) -> Tensor:
+    """One after another, without a copy if there is one only."""
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -223,7 +228,7 @@ class DepthwiseConv2d(nn.Conv2d):
         return super().forward(x)
 
     def _run(self, tape: Tape, x: Tensor, weight: Tensor):
-        x_wanted, weight_wanted = tape.wanted if tape.by_hand else (False, False)
+        x_wanted, weight_wanted = tape.wanted
         out, shape = super().forward(x), x.permute(0, 2, 3, 1)[None].shape
         kept, kept_weight, dilation = tape.keep(x if weight_wanted else None), tape.keep(weight), self.dilation[0]
 

@@ -52,8 +52,6 @@ class MixedEdges:
         self.own = [name for name in primitives if name == "conv_7x1_1x7" or (name == "skip_connect" and stride == 2)]
         self.skip = ["skip_connect"] if "skip_connect" in primitives and stride == 1 else []
         self.dilations = [1] * bool(self.sep) + [2] * bool(self.dil)
-        sep, dil = len(self.sep), len(self.dil)
-        self.arranges = bool(sep + dil) + bool(sep) + (sep if stride == 1 else 0) + sep + dil
 
     def layers(self, names: Sequence[str], i: int) -> list[nn.Module]:
         """Layer i of these operations, for every operation on all edges."""
@@ -93,12 +91,9 @@ class MixedEdges:
 
         first, second, dilated = kernels(self.sep, 1), kernels(self.sep, 5), kernels(self.dil, 1)
         # families of fewer kinds, or of smaller kernels, get kernels of zeros, or borders
-        families = [family for family in (first, dilated) if family]
-        blank = torch.full_like(max((pack for family in families for pack in family), key=torch.numel), nothing) \
-            if families else None
-        arranged = []
+        families, arranged = [family for family in (first, dilated) if family], []
         if families:
-            kinds = max(map(len, families))
+            kinds, blank = max(map(len, families)), torch.full_like(families[0][0], nothing)
             padded = bordered([pack for family in families for pack in family + [blank] * (kinds - len(family))])
             arranged.append(padded.unflatten(1, (len(families), kinds)).movedim(1, 0))
         if second:
@@ -140,8 +135,17 @@ class MixedEdges:
 
 def pooled(name: str, x: Tensor, stride: int) -> Tensor:
     """States (S, N, H, W, C), pooled."""
-    images = x.flatten(0, 1).permute(0, 3, 1, 2)
-    return POOLS[name](images, stride).permute(0, 2, 3, 1).unflatten(0, x.shape[:2])
+    return states(POOLS[name](images(x), stride), len(x))
+
+
+def images(x: Tensor) -> Tensor:
+    """(S, N, H, W, C) -> (S*N, C, H, W)."""
+    return x.flatten(0, 1).permute(0, 3, 1, 2)
+
+
+def states(x: Tensor, S: int) -> Tensor:
+    """The inverse of `images`."""
+    return x.permute(0, 2, 3, 1).unflatten(0, (S, -1))
 
 
 def square(weight: Tensor) -> Tensor:

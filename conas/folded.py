@@ -7,12 +7,15 @@ and covariance S of its channels over all pixels,
 
 so neither W z nor its normalised form is ever stored, and weighing by p costs nothing. With running statistics the
 same holds with their variance, and a constant for their mean.
+
+The ways back by hand give the gradients by W and z, always; where none by W is wanted, `conas/unfolded.py` stands in.
 """
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
+from conas.depthwise import join
 from conas.fused import Tape
 from conas.statistics import Statistics
 from conas.synced import Pool
@@ -37,18 +40,13 @@ class Folded:
         self.scale = self.rstd if p is None else self.rstd * p[:, None, None]
         self.scaled = self.scale * weight
 
-    def back(self, d_scaled: Tensor, z_wanted: bool, weight_wanted: bool
-             ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    def back(self, d_scaled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """From the gradient by `scaled`: those by p and weight, and the matrix (K, C, C) for which z matrix is the
         gradient by z that comes through its covariance."""
         share = (d_scaled * self.weight).sum(2, keepdim=True).mul_(self.rstd)
         d_p = share.sum((1, 2))
-        if not z_wanted:
-            return d_p, None, None
         through = share.mul_(self.scale).mul_(self.rstd)  # -2 d_variance
-        d_weight = None
-        if weight_wanted:
-            d_weight = (d_scaled * self.scale).addcmul_(self.spread, through, value=-1)
+        d_weight = (d_scaled * self.scale).addcmul_(self.spread, through, value=-1)
         half = self.pool.sum(through) * self.weight
         return d_p, d_weight, torch.bmm(half.transpose(1, 2), self.weight).div_(-self.pixels)
 
@@ -64,11 +62,11 @@ def halfway(tape: Tape, z: Tensor, weight: Tensor, pool: Pool):
     def result(z):
         return torch.bmm(in_rows(z), folded.scaled.transpose(1, 2)).relu_().view(shape)
 
-    def back(grad, out, weight_wanted):
+    def back(grad, out):
         z = in_rows(kept())
         grad = in_rows(torch.ops.aten.threshold_backward(grad, out, 0, grad_input=grad))
         grad -= pool.mean(grad.mean(1, keepdim=True))  # z is centred, so its gradient is
-        _, d_weight, matrix = folded.back(_product(grad, z), True, weight_wanted)
+        _, d_weight, matrix = folded.back(_product(grad, z))
         # into memory that has just been used: `out` has served
         d_z = torch.bmm(z, matrix, out=in_rows(out)).baddbmm_(grad, folded.scaled)
         return d_z.view(shape), d_weight
@@ -83,7 +81,7 @@ def mix(tape: Tape, sums: list[Tensor | None], maps: Sequence[tuple[int, Tensor]
     `maps` are the z (K, N, H, W, C), of mean zero, each with the place in `sums` of what it is added to: (E, N, H, W,
     C), or None to begin with. Their groups are, in this order, those of weight (K, C, C) and p (K,). By hand the sums
     stay in their memory. Returns the variance of W z (K, C, 1) and `back`: from the gradients by `sums`, which must
-    have mean zero, to those by the maps, weight and p.
+    have mean zero, and whether those by the maps are wanted, to these, and those by weight and p.
     """
     folded, kept = Folded([in_rows(z) for _, z in maps], weight, p, pool), [(at, tape.keep(z)) for at, z in maps]
     scaled = iter(folded.scaled.transpose(1, 2).split(E))
@@ -95,12 +93,12 @@ def mix(tape: Tape, sums: list[Tensor | None], maps: Sequence[tuple[int, Tensor]
                      torch.baddbmm(total, part, by))
         sums[at] = total.view(E, *z.shape[1:])
 
-    def back(grads, z_wanted, weight_wanted):
+    def back(grads, _z_wanted):
         maps, d_maps = [(in_rows(grads[at]), z()) for at, z in kept], []
         products = [_product(grad, part) for grad, z in maps for part in in_rows(z).split(E)]
-        d_p, d_weight, matrix = folded.back(join(products), z_wanted, weight_wanted)
+        d_p, d_weight, matrix = folded.back(join(products))
         scaled = iter(folded.scaled.split(E))
-        for (grad, z), through in zip(maps, matrix.split([len(z) for _, z in maps]) if z_wanted else ()):
+        for (grad, z), through in zip(maps, matrix.split([len(z) for _, z in maps])):
             d_z = torch.bmm(in_rows(z), through)
             for part in d_z.split(E):
                 part.baddbmm_(grad, next(scaled))
@@ -131,8 +129,3 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
         return torch.bmm(a.transpose(1, 2), b)
     a, b = (rows.reshape(-1, CHUNK, C) for rows in (a, b))
     return torch.bmm(a.transpose(1, 2), b).view(K, -1, C, C).sum(1)
-
-
-def join(parts: Sequence[Tensor]) -> Tensor:
-    """One after another."""
-    return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -14,11 +14,6 @@ from torch.autograd.function import once_differentiable
 _wanted = True  # not of a thread: checkpointed cells are computed again in autograd's
 
 
-def is_by_hand() -> bool:
-    """Whether gradients of the present pass are by hand."""
-    return _wanted and not torch.compiler.is_compiling()
-
-
 def is_twice_differentiable() -> bool:
     """Whether the present pass is inside `twice_differentiable`."""
     return not _wanted
@@ -42,7 +37,7 @@ class Tape:
     nothing is kept, and nothing may be written in place.
     """
 
-    def __init__(self, by_hand: bool, wanted: Sequence[bool] = ()):
+    def __init__(self, by_hand: bool, wanted: Sequence[bool]):
         self.by_hand, self.wanted, self.kept = by_hand, wanted, []
 
     def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
@@ -58,7 +53,8 @@ def by_hand(run: Callable, *inputs: Tensor | None) -> Tensor:
     `run` returns it with `back`, which makes the gradients by all inputs of that by the output, at most once. What
     `run` does must be differentiable by itself too.
     """
-    return _ByHand.apply(run, *inputs) if is_by_hand() else recorded(run, *inputs)
+    recording = is_twice_differentiable() or torch.compiler.is_compiling()
+    return recorded(run, *inputs) if recording else _ByHand.apply(run, *inputs)
 
 
 def recorded(run: Callable, *inputs: Tensor | None) -> Tensor:

@@ -5,7 +5,7 @@ all states of a cell have mean zero in every channel, whatever the weights, sinc
 of BatchNorm. So a constant in a state's gradient has no effect, and once it has been taken out, every gradient through
 a BatchNorm into that state is free of it.
 """
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from conas import folded, unfolded
-from conas.depthwise import convolve, convolve_back, in_phases, phases, shifts
-from conas.edges import MixedEdges, Packs, pooled, square
+from conas.depthwise import add_interleaved, convolve, convolve_back, phases, shifts
+from conas.edges import MixedEdges, Packs, images, pooled, square, states
 from conas.folded import EPS, in_rows
 from conas.fused import Tape
 from conas.statistics import Statistics
@@ -30,13 +30,14 @@ class Wanted(NamedTuple):
 
 
 def train(tape: Tape, edges: MixedEdges, x: Tensor, sums: list[Tensor | None], p: Tensor | None, q: Tensor,
-          weights: Packs, arranged: Sequence[Tensor], statistics: Statistics, wanted: Wanted):
+          weights: Packs, arranged: Iterator[Tensor], statistics: Statistics, wanted: Wanted):
     """Add to `sums` what the states x (S, N, H, W, C) contribute to the E nodes.
 
     `sums` are (E, N, H', W', C) and the same in phases, or None to begin with. Returns `back`: from the gradients by
     them, of mean zero, to those by x, p, q, and the weights. To the gradient by x is added what it is given, in place.
+    Takes its own of `arranged`, see `MixedEdges.arrangements`.
     """
-    pool, arranged, rectified, maps, added = statistics.pool, iter(arranged), x.relu(), [], []
+    pool, rectified, maps, added = statistics.pool, x.relu(), [], []
     kept, z_wanted = tape.keep(rectified), wanted.x or wanted.weights
     pointwise = folded if wanted.weights or not tape.by_hand else unfolded
     plain_back = _plain(edges, tape, x, rectified, sums, q, weights.own, statistics, wanted)
@@ -49,7 +50,7 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, sums: list[Tensor | None], p
         maps.append((0, z))
         added.append(shift)
     if edges.dil:
-        flipped = list(arranged)
+        flipped = [next(arranged) for _ in edges.dil]
         read, dilation, phased = undilated(rectified, edges.stride)
         maps.append((int(phased), convolve(read, weights.dilated, 1, dilation, means[-1])))
         added.append(means[-1])
@@ -62,7 +63,7 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, sums: list[Tensor | None], p
     def back(grads: Sequence[Tensor], d_x: Tensor | None):
         rectified, d, d_p, d_rectified = kept(), Packs(*([] for _ in Packs._fields)), None, None
         if edges.dilations:
-            d_maps, d_last, d_p = mix_back(grads, z_wanted, wanted.weights)
+            d_maps, d_last, d_p = mix_back(grads, z_wanted)
             d.last.append(_unsquare(d_last))
         if edges.sep and z_wanted:
             d_rectified = sep_back(d_maps[0], rectified, d, wanted)
@@ -94,7 +95,7 @@ def _separable(edges, tape, rectified, shift, weights, arranged, statistics, poi
     def back(d_z, rectified, d, wanted):
         half = again()
         d_half, d_second = convolve_back(d_z, shape, half if wanted.weights else None, second, flipped[1])
-        d_z, d_halfway = halfway_back(d_half, half, wanted.weights)
+        d_z, d_halfway = halfway_back(d_half, half)
         d_x, d_first = convolve_back(d_z, read, rectified if wanted.weights else None, first, flipped[0], stride, 1,
                                      wanted.x)
         d.first.extend(d_first)
@@ -111,8 +112,8 @@ def _plain(edges, tape, x, rectified, sums, q, weights, statistics, wanted):
     pools, skips, maps, indices = S * len(edges.pools), S * len(edges.skip), [], None
     for name in edges.pools:
         if tape.by_hand and name == "max_pool_3x3":
-            y, indices = max_pool2d(_images(x), 3, stride, 1, return_indices=True)
-            maps.append(_states(y, S))
+            y, indices = max_pool2d(images(x), 3, stride, 1, return_indices=True)
+            maps.append(states(y, S))
         else:
             maps.append(pooled(name, x, stride))
     own, own_back = _own(edges, rectified, weights, statistics, wanted)
@@ -147,7 +148,7 @@ def _plain(edges, tape, x, rectified, sums, q, weights, statistics, wanted):
             d_pools = (q[:, :pools].t() @ flat).view(pools, *plain.shape[1:])
             centred_back(in_rows(d_pools), in_rows(plain[:pools]), rstd, statistics.pool)
             for name, d_pool in zip(edges.pools, d_pools.split(S)):
-                parts.append(_states(_pool_back(name, _images(d_pool), _images(rectified), stride, kept_indices()), S))
+                parts.append(states(_pool_back(name, images(d_pool), images(rectified), stride, kept_indices()), S))
         if skips:
             q_skip = q[:, pools:pools + skips].t()
             d_x = (q_skip @ flat).view(shape) if d_x is None else d_x.view(S, -1).addmm_(q_skip, flat).view(shape)
@@ -185,19 +186,9 @@ def _pool_back(name, grad, x, stride, indices):
 def _add(total: Tensor, part: Tensor, stride: int, phased: bool) -> None:
     """Add the gradient of what `undilated` has made of x to that of x."""
     if phased:
-        in_phases(total).add_(part.unflatten(1, (-1, 2, 2)))
+        add_interleaved(total, part)
     else:
         (total[:, :, ::2, ::2] if stride == 2 else total).add_(part)
-
-
-def _images(x: Tensor) -> Tensor:
-    """(S, N, H, W, C) -> (S*N, C, H, W)."""
-    return x.flatten(0, 1).permute(0, 3, 1, 2)
-
-
-def _states(images: Tensor, S: int) -> Tensor:
-    """The inverse of `_images`."""
-    return images.permute(0, 2, 3, 1).unflatten(0, (S, -1))
 
 
 def _unsquare(weight: Tensor | None) -> Tensor | None:

@@ -61,14 +61,14 @@ class Statistics:
         return x.permute(0, 2, 3, 1)
 
     def normalise_states(self, tape: Tape, x: Tensor, norms: Sequence[nn.BatchNorm2d]
-                         ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-        """BatchNorm of x (K, N, H, W, C), of which each map has its own of K norms, and the way back.
+                         ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
+        """BatchNorm of x (K, N, H, W, C), of which each map has its own of K norms; by the batch, also the way back.
 
-        By hand it is in x's own memory.
+        By hand that one is in x's own memory.
         """
         if not self.batch:
             scale, shift = (t[:, None, None].to(x.dtype) for t in self.running_scale(norms))
-            return torch.addcmul(shift, x, scale), lambda grad: grad * scale
+            return torch.addcmul(shift, x, scale), None
         rows = x.view(len(x), -1, x.shape[-1])
         y, mean, variance, rstd = normalise(rows, norms[0].eps, self.pool, tape.by_hand)
         self.add(norms, mean, variance, rows.shape[1])

@@ -2,14 +2,14 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from operator import call
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from conas.depthwise import in_phases, interleave
+from conas.depthwise import add_interleaved, in_phases, interleave
 from conas.edges import MixedEdges, factorized_reduce
 from conas.fused import Tape, by_hand, recorded
 from conas.genotype import EDGES, NODES, Genotype, derive
@@ -30,7 +30,7 @@ OUTGOING = [[node * (node + 3) // 2 + source for source in ((0, 1) if n == 0 els
 class MixedOp(nn.Module):
     """All primitives on one edge (equation 2 of DARTS): parameters and running statistics, under the published names.
 
-    What is computed with them, for many edges at once, is in `conas/mixed.py`.
+    What is computed with them, for many edges at once, is in `conas/edges.py`.
     """
 
     def __init__(self, primitives: Sequence[str], C: int, stride: int):
@@ -60,7 +60,6 @@ class SearchCell(nn.Module):
         self.mixed = [MixedEdges(primitives, [self._ops[edge] for edge in edges], states=1 if n else 2,
                                  stride=2 if reduction and n == 0 else 1) for n, edges in enumerate(OUTGOING)]
         self.takes = len(self.packs())  # of the weights
-        self.arranges = sum(edges.arranges for edges in self.mixed)
 
     def packs(self) -> list[list[nn.Parameter]]:
         """The weights as packs to be concatenated, in the order in which `forward` takes them."""
@@ -87,8 +86,7 @@ class SearchCell(nn.Module):
         for n, edges in enumerate(self.mixed):
             terms = edges, source, sums, shares[2 * n], shares[2 * n + 1], weights[n]
             if statistics.batch:
-                arranged = list(islice(rest, edges.arranges))
-                ways_back.append(train(tape, *terms, arranged, statistics, wanted._replace(x=n > 0 or wanted.x)))
+                ways_back.append(train(tape, *terms, rest, statistics, wanted._replace(x=n > 0 or wanted.x)))
             else:
                 evaluate(*terms, statistics)
             source = complete(sums, tape)  # all edges into node n have been computed: equation 1
@@ -100,19 +98,16 @@ class SearchCell(nn.Module):
             d_nodes = grad.unflatten(3, (NODES, -1)).permute(3, 0, 1, 2, 4).contiguous()
             _, N, H, W, C = d_nodes.shape
             d_phased = d_nodes.new_empty(NODES, 4 * N, H // 2, W // 2, C) if phased else None
-            gradients = [None] * len(others)
-            at = 2 * NODES + sum(len(pack) for of in weights for pack in of)
+            d_shares, d_weights = [None] * NODES, [None] * NODES
             for n in reversed(range(NODES)):
                 d_nodes[n] -= statistics.pool.mean(d_nodes[n].mean((0, 1, 2)))  # see conas/mixed.py
                 if phased:
                     d_phased[n].unflatten(0, (-1, 2, 2)).copy_(in_phases(d_nodes[n]))
                 d_sums = d_nodes[n:], d_phased[n:] if phased else None
-                d_source, *of_shares, d_weights = ways_back[n](d_sums, d_nodes[n - 1:n] if n else None)
-                gradients[2 * n:2 * n + 2] = of_shares
-                begin = at - sum(len(pack) for pack in weights[n])
-                gradients[begin:at], at = d_weights, begin
+                d_source, *d_shares[n], d_weights[n] = ways_back[n](d_sums, d_nodes[n - 1:n] if n else None)
             d_inputs = source_back(d_source) if wanted.x else (None, None)
-            return *d_inputs, *gradients
+            gradients = list(chain(d_inputs, *d_shares, *d_weights))
+            return *gradients, *[None] * (2 + len(others) - len(gradients))
 
         return torch.cat([node[0] for node in nodes], 3), back
 
@@ -127,7 +122,7 @@ def complete(sums: list[Tensor | None], tape: Tape) -> Tensor:
         return interleave(first[1][0])[None]
     if not tape.by_hand:
         return first[0] + interleave(first[1][0])
-    in_phases(first[0]).add_(first[1].unflatten(1, (-1, 2, 2)))
+    add_interleaved(*first)
     return first[0]
 
 
@@ -181,9 +176,9 @@ class Supernet(nn.Module):
         for p in self.packing():
             places[p] = torch.arange(count, count + p.numel()).view(p.shape)
             count += p.numel()
-        arranged = [part for cell in self.cells for edges in cell.mixed for part in edges.arrangements(places, count)]
-        self._arranged = [part.shape for part in arranged]
-        index = torch.cat([part.flatten() for part in arranged] or [torch.empty(0)]).int()
+        arranged = [[part for edges in cell.mixed for part in edges.arrangements(places, count)] for cell in self.cells]
+        self._arranged = [[part.shape for part in parts] for parts in arranged]  # by cell
+        index = torch.cat([part.flatten() for parts in arranged for part in parts] or [torch.empty(0)]).int()
         self.register_buffer("arrangement", index, persistent=False)
 
     def packing(self) -> list[nn.Parameter]:
@@ -209,7 +204,7 @@ class Supernet(nn.Module):
 
     def with_weights(self, x: Tensor, w: Tensor) -> Tensor:
         """`forward` with the weights in the flat vector `w` in place of the network's own."""
-        weights, arranged = self._unpack(w), self._arrange(w) if self.training else iter(())
+        weights, arranged = self._unpack(w), self._arrange(w) if self.training else [()] * len(self.cells)
         pool = Pool.of_all(len(x)) if self.synced and self.training else None
         statistics = Statistics(batch=self.training, keep=not self.frozen, pool=pool)
         shares = {reduction: self._shares(alphas, reduction, w.dtype)
@@ -217,9 +212,9 @@ class Supernet(nn.Module):
         x = conv2d(x.contiguous(memory_format=torch.channels_last), next(weights), padding=1).permute(0, 2, 3, 1)
         out = statistics.normalise(x, [self.stem[1]], next(weights), next(weights))
         s0 = s1 = out.relu()  # every cell begins with it
-        for cell in self.cells:
-            own = list(islice(weights, cell.takes)), list(islice(arranged, cell.arranges))
-            out = self.run_cell(cell, s0, s1, shares[cell.reduction], *own, statistics)
+        for cell, kernels in zip(self.cells, arranged):
+            own = list(islice(weights, cell.takes))
+            out = self.run_cell(cell, s0, s1, shares[cell.reduction], own, kernels, statistics)
             s0, s1 = s1, out.relu()
         statistics.update()
         statistics.keep = False  # a checkpointed cell that is computed again brings no other batch
@@ -229,11 +224,11 @@ class Supernet(nn.Module):
         packs = w.split([sum(p.numel() for p in pack) for pack in self._packs])
         return iter([flat.view(-1, *pack[0].shape[1:]) for flat, pack in zip(packs, self._packs)])
 
-    def _arrange(self, w: Tensor) -> Iterator[Tensor]:
-        """Depthwise kernels of all cells in other orders, see `MixedEdges.arrangements`: in one call for all."""
+    def _arrange(self, w: Tensor) -> list[list[Tensor]]:
+        """Depthwise kernels in other orders by cell, see `MixedEdges.arrangements`: in one call for all."""
         flat = torch.cat([w, w.new_zeros(1)]).index_select(0, self.arrangement)
-        parts = flat.split([shape.numel() for shape in self._arranged])
-        return iter([part.view(shape) for part, shape in zip(parts, self._arranged)])
+        parts = iter(flat.split([shape.numel() for shapes in self._arranged for shape in shapes]))
+        return [[next(parts).view(shape) for shape in shapes] for shapes in self._arranged]
 
     def _shares(self, alphas: Tensor, reduction: bool, dtype: torch.dtype) -> list[Tensor | None]:
         """The probabilities of equation 2 as each of a cell's `mixed` takes them; cells of a kind share them."""

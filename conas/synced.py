@@ -79,7 +79,7 @@ def normalise(rows: Tensor, eps: float, pool: Pool, own: bool) -> tuple[Tensor, 
     exact = rows if rows.dtype == torch.float64 else rows.float()
     mean = pool.mean(exact.mean(1, keepdim=True))
     centred = torch.sub(exact, mean, out=exact if own else None)
-    variance = pool.mean(_product(centred, centred) / rows.shape[1])
+    variance = pool.mean(dots(centred, centred) / rows.shape[1])
     rstd = (variance + eps).rsqrt()
     y = torch.mul(centred, rstd, out=centred if own else None).to(rows.dtype)
     return rows.copy_(y) if own and y.dtype != exact.dtype else y, mean, variance, rstd
@@ -87,13 +87,13 @@ def normalise(rows: Tensor, eps: float, pool: Pool, own: bool) -> tuple[Tensor, 
 
 def centred_back(grad: Tensor, y: Tensor, rstd: Tensor, pool: Pool) -> Tensor:
     """In place, from the gradient by y = `normalise(x)` to that by x, for a gradient of mean zero over all images."""
-    slope = pool.sum(_product(grad, y)).div_(-pool.count(y.shape[1])).to(grad.dtype)
+    slope = pool.sum(dots(grad, y)).div_(-pool.count(y.shape[1])).to(grad.dtype)
     return grad.addcmul_(y, slope).mul_(rstd.to(grad.dtype))
 
 
 def normalise_back(grad: Tensor, y: Tensor, scale: Tensor, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient by a y + b, for y = `normalise(x)`, to those by x, a and b; `scale` is a/std."""
-    of_b, of_a = grad.sum(1, keepdim=True, dtype=scale.dtype), _product(grad, y).to(scale.dtype)
+    of_b, of_a = grad.sum(1, keepdim=True, dtype=scale.dtype), dots(grad, y).to(scale.dtype)
     of_g, of_gy = pool.sum(torch.stack([of_b, of_a])) if pool.shared else (of_b, of_a)
     share = scale / -pool.count(grad.shape[1])
     shift, slope, scale = (t.to(grad.dtype) for t in (share * of_g, share * of_gy, scale))
@@ -101,7 +101,7 @@ def normalise_back(grad: Tensor, y: Tensor, scale: Tensor, pool: Pool) -> tuple[
     return torch.addcmul(d_x, grad, scale, out=d_x), of_a, of_b
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def dots(a: Tensor, b: Tensor) -> Tensor:
     """The sum over P pixels of a b, (K, P, C) to (K, 1, C): not by a matrix product, which may add them one by one."""
     return (a * b).sum(1, keepdim=True)
 

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from conas.folded import EPS, in_rows, join
+from conas.depthwise import join
+from conas.folded import EPS, in_rows
 from conas.fused import Tape
-from conas.synced import Pool
+from conas.synced import Pool, dots
 
 
 def halfway(tape: Tape, z: Tensor, weight: Tensor, pool: Pool):
@@ -23,7 +24,7 @@ def halfway(tape: Tape, z: Tensor, weight: Tensor, pool: Pool):
     y.mul_(rstd)
     kept, scaled = tape.keep(y), weight * rstd.transpose(1, 2)
 
-    def back(grad, out, weight_wanted):
+    def back(grad, out):
         y = kept()
         grad = in_rows(grad)
         grad = torch.ops.aten.threshold_backward(grad, y, 0, grad_input=grad)
@@ -52,11 +53,11 @@ def mix(tape: Tape, sums: list[Tensor | None], maps: Sequence[tuple[int, Tensor]
             in_rows(sums[at]).addcmul_(part, factor)
     kept, shapes = [(at, tape.keep(y)) for (at, _), y in zip(maps, ys)], [z.shape for _, z in maps]
 
-    def back(grads, z_wanted, weight_wanted):
+    def back(grads, z_wanted):
         maps = [(in_rows(grads[at]), y().unflatten(0, (-1, E))) for at, y in kept]
         # of this process, for p; of all, for z
-        dots = join([(y * grad).sum(2, keepdim=True).flatten(0, 1) for grad, y in maps])
-        share = dots * rstd
+        products = join([(y * grad).sum(2, keepdim=True).flatten(0, 1) for grad, y in maps])
+        share = products * rstd
         d_p, d_maps = share.sum((1, 2)), []
         if z_wanted:
             slopes = pool.sum(share).mul_(rstd).div_(-pixels).split(sizes)
@@ -71,4 +72,4 @@ def mix(tape: Tape, sums: list[Tensor | None], maps: Sequence[tuple[int, Tensor]
 
 def _over_pixels(a: Tensor, b: Tensor, pool: Pool, pixels: int) -> Tensor:
     """The mean of a b over the pixels of all processes: (K, P, C) to (K, 1, C)."""
-    return pool.sum((a * b).sum(1, keepdim=True)).div_(pixels)
+    return pool.sum(dots(a, b)).div_(pixels)
