@@ -1,12 +1,16 @@
 """Depthwise convolutions of many edges at once, channels last, with fast gradients on CPUs.
 
-oneDNN has a fast kernel for every depthwise forward convolution of channels-last images, but takes five to twenty times
+oneDNN has a fast kernel for every depthwise forward convolution of channels-last images, but takes five to fifty times
 as long for some gradients. So each gradient is put as a problem that has a fast kernel; the arithmetic is the same up
 to the order of the sums:
 
 * the gradient of the input is the forward convolution of the output's gradient with the flipped kernel;
 * the gradient of a kernel wider than three columns is put together from those of three columns each;
-* a convolution of dilation 2 is a plain one on `phases`, since it never mixes odd and even rows or columns.
+* the gradient of a kernel of dilation 2 is that of a plain one `in_phases`, since such a convolution never mixes odd
+  and even rows or columns.
+
+Maps of G groups of C channels are (G, N, H, W, C). Small ones are convolved side by side, as channels of one image
+(N, H, W, G*C); what was convolved is then a view of that, and whoever reads it writes its own in the order it likes.
 """
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
@@ -21,109 +25,112 @@ from conas.fused import Tape, by_hand
 SMALL = 2**20  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
 
 
-def in_phases(x: Tensor) -> Tensor:
-    """(..., N, 2H, 2W, C) -> (..., N, 2, 2, H, W, C): a view, by even and odd rows and columns."""
-    H, W = x.shape[-3:-1]
-    x = x.unflatten(-2, (W // 2, 2)).unflatten(-4, (H // 2, 2))
-    return x.movedim((-4, -2), (-5, -4))
+def convolve(x: Tensor | Sequence[Tensor], kernels: Sequence[Tensor], stride: int = 1, dilation: int = 1,
+             shift: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Depthwise convolutions with odd square kernels and "same" padding.
 
-
-def phases(x: Tensor) -> Tensor:
-    """(S, N, 2H, 2W, C) -> (S, 4N, H, W, C): pixels of even and odd rows and columns as images of their own."""
-    return in_phases(x).flatten(1, 3)
-
-
-def interleave(x: Tensor) -> Tensor:
-    """The inverse of `phases`, for one state: (4N, H, W, C) -> (N, 2H, 2W, C)."""
-    N, H, W, C = x.shape
-    x = x.view(N // 4, 2, 2, H, W, C).permute(0, 3, 1, 4, 2, 5)
-    return x.reshape(N // 4, 2 * H, 2 * W, C)
-
-
-def add_interleaved(total: Tensor, part: Tensor) -> None:
-    """Add to total (S, N, 2H, 2W, C), in place, what has part (S, 4N, H, W, C) as its phases."""
-    in_phases(total).add_(part.unflatten(1, (-1, 2, 2)))
-
-
-def convolve(x: Tensor, kernels: Sequence[Tensor], stride: int = 1, dilation: int = 1, shift: Tensor | None = None
-             ) -> Tensor:
-    """Depthwise convolutions with odd square kernels and "same" padding, for groups of C channels.
-
-    Each kernel (G*C, 1, k, k) serves G groups. x (S, N, H, W, C) holds the inputs of all groups of all kernels if S is
-    their number; else S states, each read by G/S groups of every kernel. Returns z + shift, (all groups, N, ceil(H /
-    stride), ceil(W / stride), C), for `shift` (all groups, C).
+    Each kernel (G*C, 1, k, k) serves G groups. x is S states (S, N, H, W, C), each read by G/S groups of every kernel;
+    or for each kernel the maps (G, N, H, W, C) of its groups. Returns z + shift, for `shift` (G*C,) of every kernel:
+    parts (groups, N, ceil(H / stride), ceil(W / stride), C) of all groups, one after another; see `join`.
     """
-    groups, small, outs = _groups(x.shape[-1], kernels), _is_small(x, x.shape), []
-    shifts = [None] * len(kernels) if shift is None else shift.split(groups)
-    for blocks, kernel, part in zip(_inputs(x, groups, small), kernels, shifts):
-        parts = [None] * len(blocks) if part is None else part.view(len(blocks), -1).unbind()
-        outs += [_convolution(block, own, stride, dilation, by)
-                 for block, own, by in zip(blocks, kernel.chunk(len(blocks)), parts)]
-    return _apart(outs, x.shape[-1])
+    C, small, outs = x[0].shape[-1], _is_small(x[0], x[0].shape[-4:]), []
+    for blocks, kernel, by in zip(_inputs(x, kernels, small), kernels, shift or [None] * len(kernels)):
+        shifts = [None] * len(blocks) if by is None else by.chunk(len(blocks))
+        outs += [_groups_of(_convolution(block, own, stride, dilation, of), C)
+                 for block, own, of in zip(blocks, kernel.chunk(len(blocks)), shifts)]
+    return outs
 
 
-def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | None, kernels: Sequence[Tensor],
-                  flipped: Sequence[Tensor], stride: int = 1, dilation: int = 1, x_wanted: bool = True
-                  ) -> tuple[Tensor | None, list[Tensor]]:
+def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tensor] | None, kernels: Sequence[Tensor],
+                  flipped: Sequence[Tensor], stride: int = 1, dilation: int = 1, x_wanted: bool = True,
+                  own: bool = False) -> tuple[Tensor | list[Tensor] | None, list[Tensor]]:
     """The gradients of `convolve` by x, of this shape, and by the kernels: by none if x is not given.
 
-    `flipped` are the kernels with rows and columns reversed.
+    `grad` is that by all parts joined, `flipped` are the kernels with rows and columns reversed. If groups have maps of
+    their `own`, `shape` is that of all joined, and the gradient by x is a list of theirs by kernel.
     """
-    groups, small = _groups(shape[-1], kernels), _is_small(grad, shape)
-    grads = [_blocks(part, 1, small) for part in grad.split(groups)]
-    d_x, d_kernels = None, []
+    S, N, H, W, C = shape
+    if dilation == 2 and stride == 1 and x is not None and H % 2 == W % 2 == 0 and grad.device.type == "cpu":
+        d_x, d_kernels = convolve_back(in_phases(grad), (S, 4 * N, H // 2, W // 2, C), in_phases(x), kernels, flipped,
+                                       1, 1, x_wanted, own)
+        return None if d_x is None else out_of_phases(d_x.unflatten(1, (N, 2, 2))), d_kernels
+    groups, small = [len(kernel) // C for kernel in kernels], _is_small(grad, shape[1:])
+    grads, d_x, d_kernels = [_blocks(part, 1, small) for part in grad.split(groups)], None, []
     if x_wanted:
-        d_x = _input_gradient(grads, shape, kernels, flipped, stride, dilation)
+        d_x = _input_gradient(grads, shape, kernels, flipped, stride, dilation, own)
     if x is not None:
-        d_kernels = [_weight_gradient(own, blocks, kernel, stride, dilation)
-                     for own, blocks, kernel in zip(grads, _inputs(x, groups, small), kernels)]
+        d_kernels = [_weight_gradient(of, blocks, kernel, stride, dilation)
+                     for of, blocks, kernel in zip(grads, _inputs(x, kernels, small), kernels)]
     return d_x, d_kernels
+
+
+def rectify(y: Tensor, sizes: Sequence[int], by_hand: bool, kept: bool) -> list[Tensor]:
+    """relu(y) of maps y (G, N, H, W, C): as many parts as `sizes`, in memory as `convolve` reads them.
+
+    By hand, and unless y is to be `kept`, y is lost.
+    """
+    if not by_hand or not _is_small(y, y.shape[1:]):
+        return list((y.relu_() if by_hand and not kept else y.relu()).split(sizes))
+    parts = [(part, part.new_empty(*part.shape[1:4], len(part), y.shape[4])) for part in y.split(sizes)]
+    return [torch.clamp_min(part, 0, out=out.permute(3, 0, 1, 2, 4)) for part, out in parts]
+
+
+def rectify_back(grads: Sequence[Tensor], parts: Sequence[Tensor], out: Tensor) -> Tensor:
+    """Into `out` (G, N, H, W, C), from the gradients by the parts of relu(y) to that by y; parts of y serve as well."""
+    for grad, part, of in zip(grads, parts, out.split([len(grad) for grad in grads])):
+        torch.ops.aten.threshold_backward(grad, part, 0, grad_input=of)
+    return out
 
 
 def blockwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Iterator[Tensor]:
     """`convolve` with one kernel, in blocks (B, N, H', W', C) of as many groups as are convolved at once."""
     C = x.shape[-1]
-    blocks = _blocks(x, len(weight) // C // len(x), _is_small(x, x.shape))
+    blocks = _blocks(x, len(weight) // C // len(x), _is_small(x, x.shape[1:]))
     for block, kernel in zip(blocks, weight.chunk(len(blocks))):
         yield _groups_of(_convolution(block, kernel, stride, dilation), C)
+
+
+def in_phases(x: Tensor) -> Tensor:
+    """(S, N, 2H, 2W, C) -> (S, N, 2, 2, H, W, C), a view: pixels of even and odd rows and columns as images."""
+    H, W = x.shape[2:4]
+    return x.unflatten(3, (W // 2, 2)).unflatten(2, (H // 2, 2)).permute(0, 1, 3, 5, 2, 4, 6)
+
+
+def out_of_phases(x: Tensor) -> Tensor:
+    """The inverse of `in_phases`."""
+    return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(4, 5).flatten(2, 3)
 
 
 def _is_small(like: Tensor, shape: Sequence[int]) -> bool:
     # an exported graph serves every batch size, and may not depend on it
     exporting = torch.compiler.is_exporting()
-    return like.device.type != "cpu" or exporting or prod(shape[1:]) * like.element_size() <= SMALL
+    return like.device.type != "cpu" or exporting or prod(shape) * like.element_size() <= SMALL
 
 
-def _groups(C: int, kernels: Sequence[Tensor]) -> list[int]:
-    return [len(kernel) // C for kernel in kernels]
-
-
-def _inputs(x: Tensor, groups: list[int], small: bool) -> list[list[Tensor]]:
+def _inputs(x: Tensor | Sequence[Tensor], kernels: Sequence[Tensor], small: bool) -> list[list[Tensor]]:
     """The `_blocks` that each kernel reads."""
-    if len(x) == sum(groups):
-        return [_blocks(part, 1, small) for part in x.split(groups)]
-    blocks = {G: _blocks(x, G // len(x), small) for G in set(groups)}  # kernels of several sizes read the same
-    return [blocks[G] for G in groups]
+    if not isinstance(x, Tensor):
+        return [_blocks(maps, 1, small) for maps in x]
+    times = [len(kernel) // x.shape[-1] // len(x) for kernel in kernels]
+    blocks = {n: _blocks(x, n, small) for n in set(times)}  # kernels of several sizes read the same
+    return [blocks[n] for n in times]
 
 
 def _blocks(x: Tensor, times: int, small: bool) -> list[Tensor]:
-    """States (S, N, H, W, C), each as often as `times`: one by one, (N, C, H, W), or if they are small side by side in
-    one block (N, S*times*C, H, W); channels last."""
-    S, N, H, W, C = x.shape
+    """States (S, N, H, W, C), or in phases, each as often as `times`: one by one, (N, C, H, W), or if they are small
+    side by side in one block (N, S*times*C, H, W); channels last."""
+    S, *images, H, W, C = x.shape
+    N = prod(images)
     if not small:
-        return [m for m in x.permute(0, 1, 4, 2, 3).unbind() for _ in range(times)]
-    x = x.permute(1, 2, 3, 0, 4)[:, :, :, :, None].expand(N, H, W, S, times, C)
+        maps = x.reshape(S, N, H, W, C).contiguous().permute(0, 1, 4, 2, 3).unbind()
+        return [m for m in maps for _ in range(times)]
+    x = x.movedim(0, -2).unsqueeze(-2).expand(*images, H, W, S, times, C)
     return [x.reshape(N, H, W, S * times * C).permute(0, 3, 1, 2)]
 
 
 def _groups_of(block: Tensor, C: int) -> Tensor:
     """(N, G*C, H, W) -> (G, N, H, W, C), a view."""
     return block.permute(0, 2, 3, 1).unflatten(3, (-1, C)).permute(3, 0, 1, 2, 4)
-
-
-def _apart(blocks: list[Tensor], C: int) -> Tensor:
-    """All groups of all blocks: (all groups, N, H, W, C), contiguous."""
-    return join([_groups_of(block, C) for block in blocks]).contiguous()
 
 
 def _convolution(x, weight, stride, dilation, bias=None):
@@ -135,25 +142,36 @@ def _gradients(grad, x, weight, stride, dilation, padding, wanted):
                                                False, [0, 0], len(weight), [*wanted, False])
 
 
-def _input_gradient(grads, shape, kernels, flipped, stride, dilation):
-    (S, N, H, W, C), sums = shape, []
-    separate = sum(_groups(C, kernels)) == S
+def _input_gradient(grads, shape, kernels, flipped, stride, dilation, own):
+    (S, *_, C), sums, by_kernel = shape, [], []
     for blocks, kernel, turned in zip(grads, kernels, flipped):
-        E = 1 if separate else len(blocks) // S or 1  # of the blocks that read the same state
-        for i, (grad, own, by) in enumerate(zip(blocks, kernel.chunk(len(blocks)), turned.chunk(len(blocks)))):
-            if stride == 1:
-                part = _convolution(grad, by, 1, dilation)
-            else:
-                x = grad.new_empty(N, H, W, grad.shape[1]).permute(0, 3, 1, 2)  # of which only the shape is read
-                part = _gradients(grad, x, own, stride, dilation, dilation * (own.shape[-1] // 2), (True, False))[0]
-            if separate or i // E == len(sums):
+        parts = _input_parts(blocks, shape, kernel.chunk(len(blocks)), turned.chunk(len(blocks)), stride, dilation)
+        if own:
+            by_kernel.append(join([_groups_of(part, C) for part in parts]))
+            continue
+        readers = len(blocks) // S or 1  # of the blocks, those that read the same state
+        for i, part in enumerate(parts):
+            if i // readers == len(sums):
                 sums.append(part)
             else:
-                sums[i // E] += part
-    if separate or sums[0].shape[1] == C:
-        return _apart(sums, C)
+                sums[i // readers] += part
+    if own:
+        return by_kernel
+    if sums[0].shape[1] == C:
+        return join([_groups_of(part, C) for part in sums])
     d_x = sums[0].permute(0, 2, 3, 1).unflatten(3, (S, -1, C))
     return (d_x.sum(4) if d_x.shape[4] > 1 else d_x.squeeze(4)).permute(3, 0, 1, 2, 4)
+
+
+def _input_parts(blocks, shape, kernels, flipped, stride, dilation):
+    _, N, H, W, _ = shape
+    for grad, kernel, turned in zip(blocks, kernels, flipped):
+        if stride == 1:
+            yield _convolution(grad, turned, 1, dilation)
+        else:
+            x = grad.new_empty(N, H, W, grad.shape[1]).permute(0, 3, 1, 2)  # of which only the shape is read
+            padding = dilation * (kernel.shape[-1] // 2)
+            yield _gradients(grad, x, kernel, stride, dilation, padding, (True, False))[0]
 
 
 def _weight_gradient(grads, blocks, kernel, stride, dilation):
@@ -188,6 +206,11 @@ def join(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
+def row_dots(a: Tensor, b: Tensor) -> Tensor:
+    """The sum of a b over the last dimension, kept as one of size 1: one call for a few numbers in each sum."""
+    return torch.bmm(a.reshape(-1, 1, a.shape[-1]), b.reshape(-1, b.shape[-1], 1)).view(*a.shape[:-1], 1)
+
+
 def shifts(x: Tensor, kernels: Tensor, stride: int, dilations: Sequence[int]) -> Tensor:
     """Less the mean over images and pixels of convolutions of the states x (S, N, H, W, C), from the mean image.
 
@@ -199,6 +222,14 @@ def shifts(x: Tensor, kernels: Tensor, stride: int, dilations: Sequence[int]) ->
     taps = _taps(round(area ** 0.5), H, W, stride, tuple(dilations), x.dtype, x.device)
     taps = torch.bmm(taps.expand(S, -1, -1), x.mean(1).view(S, H * W, C))
     return (taps.view(S, F, area, C).permute(1, 2, 0, 3)[:, :, None, :, None] * kernels).sum(1)
+
+
+def own_shift(x: Tensor, kernel: Tensor) -> Tensor:
+    """The same for maps x (G, N, H, W, C) and a kernel (G*C, 1, k, k), of which each group has its own: (G*C,)."""
+    G, _, H, W, C = x.shape
+    taps = _taps(kernel.shape[-1], H, W, 1, (1,), x.dtype, x.device)
+    means = x.mean(1).permute(1, 2, 0, 3).reshape(H * W, G * C)
+    return row_dots(means.t() @ taps.t(), kernel.flatten(1)).view(-1)
 
 
 @lru_cache

@@ -6,7 +6,7 @@ So the maps of one kind on all edges are groups of one tensor, channels last:
 
     state (S, N, H, W, C) --relu--> depthwise --halfway--> depthwise ---.      S states, E nodes: S*E edges
                              |                      sep_conv            |
-                             '----> depthwise on phases ----------------+--mix--> (E, N, H', W', C), to be summed
+                             '----> dilated depthwise ------------------+--mix--> (E, N, H', W', C), to be summed
           '--> pools with BatchNorm, skip ------------------------------'
                                                                       p, q: softmax of the alphas
 
@@ -78,26 +78,21 @@ class MixedEdges:
     def arrangements(self, places: Mapping[nn.Parameter, Tensor], nothing: int) -> list[Tensor]:
         """Depthwise kernels in other orders, as places in the flat vector of all weights; at `nothing` is a zero.
 
-        `places` has those of each parameter, in its shape. For `depthwise.shifts`: the first kernels, (F, k*k, K, S,
-        E, C), and if there are any the second, (1, k*k, 1, K*S*E, 1, C); then what `convolve_back` needs `flipped`.
+        `places` has those of each parameter, in its shape. First, for `depthwise.shifts`, those that read the states,
+        (F, k*k, K, S, E, C); then what `convolve_back` needs `flipped`.
         """
         def kernels(names, i):
             return [torch.cat([places[layer.weight] for layer in self.layers([name], i)]) for name in names]
 
-        def bordered(packs):
+        first, second, dilated = kernels(self.sep, 1), kernels(self.sep, 5), kernels(self.dil, 1)
+        families, arranged = [family for family in (first, dilated) if family], []
+        if families:  # those of fewer kinds, or of smaller kernels, get kernels of zeros, or borders
+            kinds, blank = max(map(len, families)), torch.full_like(families[0][0], nothing)
+            packs = [pack for family in families for pack in family + [blank] * (kinds - len(family))]
             k = max(pack.shape[-1] for pack in packs)
             packs = [pad(pack, [(k - pack.shape[-1]) // 2] * 4, value=nothing) for pack in packs]
-            return torch.stack([pack.view(self.S, self.E, -1, k * k).permute(3, 0, 1, 2) for pack in packs], 1)
-
-        first, second, dilated = kernels(self.sep, 1), kernels(self.sep, 5), kernels(self.dil, 1)
-        # families of fewer kinds, or of smaller kernels, get kernels of zeros, or borders
-        families, arranged = [family for family in (first, dilated) if family], []
-        if families:
-            kinds, blank = max(map(len, families)), torch.full_like(families[0][0], nothing)
-            padded = bordered([pack for family in families for pack in family + [blank] * (kinds - len(family))])
-            arranged.append(padded.unflatten(1, (len(families), kinds)).movedim(1, 0))
-        if second:
-            arranged.append(bordered(second).flatten(1, 3)[None, :, None, :, None])
+            packs = [pack.view(self.S, self.E, -1, k * k).permute(3, 0, 1, 2) for pack in packs]
+            arranged.append(torch.stack(packs).unflatten(0, (len(families), kinds)).transpose(1, 2))
         turned = (first if self.stride == 1 else []) + second + dilated
         return arranged + [pack.flip(2, 3) for pack in turned]
 

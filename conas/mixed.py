@@ -5,7 +5,7 @@ all states of a cell have mean zero in every channel, whatever the weights, sinc
 of BatchNorm. So a constant in a state's gradient has no effect, and once it has been taken out, every gradient through
 a BatchNorm into that state is free of it.
 """
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from conas import folded, unfolded
-from conas.depthwise import add_interleaved, convolve, convolve_back, phases, shifts
+from conas.depthwise import convolve, convolve_back, join, own_shift, shifts
 from conas.edges import MixedEdges, Packs, images, pooled, square, states
 from conas.folded import EPS, in_rows
 from conas.fused import Tape
@@ -29,73 +29,73 @@ class Wanted(NamedTuple):
     weights: bool
 
 
-def train(tape: Tape, edges: MixedEdges, x: Tensor, sums: list[Tensor | None], p: Tensor | None, q: Tensor,
+def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Tensor | None, q: Tensor,
           weights: Packs, arranged: Iterator[Tensor], statistics: Statistics, wanted: Wanted):
-    """Add to `sums` what the states x (S, N, H, W, C) contribute to the E nodes.
+    """What the states x (S, N, H, W, C) contribute to the E nodes (E, N, H', W', C), added to `total` if that is given.
 
-    `sums` are (E, N, H', W', C) and the same in phases, or None to begin with. Returns `back`: from the gradients by
-    them, of mean zero, to those by x, p, q, and the weights. To the gradient by x is added what it is given, in place.
-    Takes its own of `arranged`, see `MixedEdges.arrangements`.
+    Returns this and `back`: from the gradient by it, of mean zero, and what to add the gradient by x to, in place, to
+    those by x, p, q, and the weights. Takes its own of `arranged`, see `MixedEdges.arrangements`.
     """
     pool, rectified, maps, added = statistics.pool, x.relu(), [], []
     kept, z_wanted = tape.keep(rectified), wanted.x or wanted.weights
     pointwise = folded if wanted.weights or not tape.by_hand else unfolded
-    plain_back = _plain(edges, tape, x, rectified, sums, q, weights.own, statistics, wanted)
+    total, plain_back = _plain(edges, tape, x, rectified, total, q, weights.own, statistics, wanted)
     if edges.dilations:
         means = shifts(rectified, next(arranged), edges.stride, edges.dilations)
         kinds = [len(names) for names in (edges.sep, edges.dil) if names]
-        means = [pool.mean(of[:count].flatten(0, 2)) for of, count in zip(means, kinds)]
+        means = [[pool.mean(of[kind].flatten()) for kind in range(count)] for of, count in zip(means, kinds)]
     if edges.sep:
-        z, shift, sep_back = _separable(edges, tape, rectified, means[0], weights, arranged, statistics, pointwise)
-        maps.append((0, z))
-        added.append(shift)
+        parts, shift, sep_back = _separable(edges, tape, rectified, means[0], weights, arranged, statistics, pointwise)
+        maps += parts
+        added += shift
     if edges.dil:
         flipped = [next(arranged) for _ in edges.dil]
-        read, dilation, phased = undilated(rectified, edges.stride)
-        maps.append((int(phased), convolve(read, weights.dilated, 1, dilation, means[-1])))
-        added.append(means[-1])
-        kept_read, read = tape.keep(read if wanted.weights else None), read.shape
+        read, dilation = undilated(rectified, edges.stride)
+        maps += convolve(read, weights.dilated, 1, dilation, means[-1])
+        added += means[-1]
     if maps:
-        last = square(weights.last[0])
-        variance, mix_back = pointwise.mix(tape, sums, maps, last, p, edges.E, pool)
-        statistics.add_folded(edges.layers(edges.sep + edges.dil, -1), added, last, variance, _pixels(maps[0][1]))
+        z, last = join(maps).contiguous(), square(weights.last[0])
+        sizes = [len(edges.ops[name]) for name in edges.sep + edges.dil]
+        total, squares, mix_back = pointwise.mix(tape, total, z, last, p, edges.E, pool)
+        statistics.add_folded(edges.layers(edges.sep + edges.dil, -1), added, last, squares, _pixels(z))
 
-    def back(grads: Sequence[Tensor], d_x: Tensor | None):
+    def back(grad: Tensor, d_x: Tensor | None):
         rectified, d, d_p, d_rectified = kept(), Packs(*([] for _ in Packs._fields)), None, None
         if edges.dilations:
-            d_maps, d_last, d_p = mix_back(grads, z_wanted)
+            d_z, d_last, d_p = mix_back(grad, z_wanted)
             d.last.append(_unsquare(d_last))
+            separable = sum(sizes[:len(edges.sep)])
         if edges.sep and z_wanted:
-            d_rectified = sep_back(d_maps[0], rectified, d, wanted)
+            d_rectified = sep_back(d_z[:separable], rectified, d, wanted)
         if edges.dil and z_wanted:
-            part, d_kernels = convolve_back(d_maps[-1], read, kept_read(), weights.dilated, flipped, 1, dilation,
-                                            wanted.x)
+            read, dilation = undilated(rectified, edges.stride)
+            part, d_kernels = convolve_back(d_z[separable:], read.shape, read if wanted.weights else None,
+                                            weights.dilated, flipped, 1, dilation, wanted.x)
             d.dilated.extend(d_kernels)
             if wanted.x:
                 d_rectified = rectified.new_zeros(rectified.shape) if d_rectified is None else d_rectified
-                _add(d_rectified, part, edges.stride, phased)
-        d_x, d_q = plain_back(grads[0], d_x, d_rectified, rectified, d)
+                undilated(d_rectified, edges.stride)[0].add_(part)
+        d_x, d_q = plain_back(grad, d_x, d_rectified, rectified, d)
         packs = zip(d, weights)
         return d_x, d_p, d_q, [gradient for ours, pack in packs for gradient in ours or [None] * len(pack)]
 
-    return back
+    return total, back
 
 
 def _separable(edges, tape, rectified, shift, weights, arranged, statistics, pointwise):
     """The maps of all sep_conv ahead of the last pointwise convolution, what was added to them, and `back`."""
     first, second, weight, stride = weights.first, weights.second, square(weights.halfway[0]), edges.stride
-    second_arranged = next(arranged)
     flipped = [next(arranged) for _ in first] if stride == 1 else first, [next(arranged) for _ in second]
-    z = convolve(rectified, first, stride, 1, shift)
-    half, variance, again, halfway_back = pointwise.halfway(tape, z, weight, statistics.pool)
-    statistics.add_folded(edges.layers(edges.sep, 3), [shift], weight, variance, _pixels(z))
-    shift = statistics.pool.mean(shifts(half, second_arranged, 1, [1]).flatten(0, 3))
-    shape, read = half.shape, rectified.shape
+    z = join(convolve(rectified, first, stride, 1, shift)).contiguous()
+    sizes, shape, read = [len(edges.ops[name]) for name in edges.sep], z.shape, rectified.shape
+    parts, squares, again, halfway_back = pointwise.halfway(tape, z, weight, sizes, statistics.pool)
+    statistics.add_folded(edges.layers(edges.sep, 3), shift, weight, squares, _pixels(z))
+    shift = [statistics.pool.mean(own_shift(part, kernel)) for part, kernel in zip(parts, second)]
 
     def back(d_z, rectified, d, wanted):
-        half = again()
-        d_half, d_second = convolve_back(d_z, shape, half if wanted.weights else None, second, flipped[1])
-        d_z, d_halfway = halfway_back(d_half, half)
+        parts = again()
+        d_parts, d_second = convolve_back(d_z, shape, parts if wanted.weights else None, second, flipped[1], own=True)
+        d_z, d_halfway = halfway_back(d_parts, parts, d_z)
         d_x, d_first = convolve_back(d_z, read, rectified if wanted.weights else None, first, flipped[0], stride, 1,
                                      wanted.x)
         d.first.extend(d_first)
@@ -103,11 +103,11 @@ def _separable(edges, tape, rectified, shift, weights, arranged, statistics, poi
         d.second.extend(d_second)
         return d_x
 
-    return convolve(half, second, shift=shift), shift, back
+    return convolve(parts, second, shift=shift), shift, back
 
 
-def _plain(edges, tape, x, rectified, sums, q, weights, statistics, wanted):
-    """Add pools, skips and maps of edges' own to the first of `sums`; `back` gives the gradients by x and q."""
+def _plain(edges, tape, x, rectified, total, q, weights, statistics, wanted):
+    """Pools, skips and maps of edges' own, added to `total` if that is given; `back` gives the gradients by x and q."""
     S, E, stride, shape = edges.S, edges.E, edges.stride, x.shape
     pools, skips, maps, indices = S * len(edges.pools), S * len(edges.skip), [], None
     for name in edges.pools:
@@ -121,14 +121,14 @@ def _plain(edges, tape, x, rectified, sums, q, weights, statistics, wanted):
     plain = torch.cat(maps) if maps else x.new_empty(0)
     if pools:
         rows, pool = in_rows(plain[:pools]), statistics.pool
-        rows, mean, variance, rstd = normalise(rows, EPS, pool, tape.by_hand)
-        statistics.add(edges.pool_norms(), mean, variance, rows.shape[1])
+        rows, mean, squares, rstd = normalise(rows, EPS, pool, tape.by_hand)
+        statistics.add(edges.pool_norms(), mean, squares, rows.shape[1])
         plain = plain if tape.by_hand else torch.cat([rows.view_as(plain[:pools]), plain[pools:]])
     if maps:
         flat = plain.view(len(plain), -1)
-        total = None if sums[0] is None else sums[0].view(E, -1)
+        total = None if total is None else total.view(E, -1)
         total = q @ flat if total is None else total.addmm_(q, flat) if tape.by_hand else torch.addmm(total, q, flat)
-        sums[0] = total.view(E, *plain.shape[1:])
+        total = total.view(E, *plain.shape[1:])
     kept, kept_indices = tape.keep(plain), tape.keep(indices)
 
     def back(grad, d_x, d_rectified, rectified, d):
@@ -153,10 +153,10 @@ def _plain(edges, tape, x, rectified, sums, q, weights, statistics, wanted):
             q_skip = q[:, pools:pools + skips].t()
             d_x = (q_skip @ flat).view(shape) if d_x is None else d_x.view(S, -1).addmm_(q_skip, flat).view(shape)
         for part in parts:
-            d_x = part if d_x is None else d_x.add_(part)
+            d_x = part.contiguous() if d_x is None else d_x.add_(part)
         return d_x, d_q
 
-    return back
+    return total, back
 
 
 def _own(edges, rectified, weights, statistics, wanted):
@@ -183,14 +183,6 @@ def _pool_back(name, grad, x, stride, indices):
     return torch.ops.aten.avg_pool2d_backward(grad, x, [3, 3], [stride] * 2, [1, 1], False, False, None)
 
 
-def _add(total: Tensor, part: Tensor, stride: int, phased: bool) -> None:
-    """Add the gradient of what `undilated` has made of x to that of x."""
-    if phased:
-        add_interleaved(total, part)
-    else:
-        (total[:, :, ::2, ::2] if stride == 2 else total).add_(part)
-
-
 def _unsquare(weight: Tensor | None) -> Tensor | None:
     """The inverse of `square`."""
     return None if weight is None else weight.flatten(0, 1)[:, :, None, None]
@@ -200,10 +192,7 @@ def _pixels(z: Tensor) -> int:
     return z[0].numel() // z.shape[-1]
 
 
-def undilated(x: Tensor, stride: int) -> tuple[Tensor, int, bool]:
-    """The states as convolutions of dilation 2 read them, their dilation then, and whether these are `phases`."""
-    if stride == 2:  # reads every other pixel only, and is a plain convolution of those
-        return x[:, :, ::2, ::2].contiguous(), 1, False
-    if x.shape[2] % 2 == x.shape[3] % 2 == 0:
-        return phases(x), 1, True
-    return x, 2, False
+def undilated(x: Tensor, stride: int) -> tuple[Tensor, int]:
+    """A view of the states as convolutions of dilation 2 read them, and their dilation then, at stride 1."""
+    # of stride 2 they read every other pixel only, and are plain ones of those
+    return (x[:, :, ::2, ::2], 1) if stride == 2 else (x, 2)

@@ -11,11 +11,11 @@ from conas.mixed import undilated
 from conas.statistics import Statistics
 
 
-def evaluate(edges: MixedEdges, x: Tensor, sums: list[Tensor | None], p: Tensor | None, q: Tensor, weights: Packs,
-             statistics: Statistics) -> None:
-    """Add to `sums` what the states x (S, N, H, W, C) contribute to the E nodes: see `conas.mixed.train`."""
-    for i, part in enumerate(_contribution(edges, x, p, q, weights, statistics)):
-        sums[i] = part if sums[i] is None else sums[i] if part is None else sums[i] + part
+def evaluate(edges: MixedEdges, x: Tensor, total: Tensor | None, p: Tensor | None, q: Tensor, weights: Packs,
+             statistics: Statistics) -> Tensor:
+    """What the states x (S, N, H, W, C) contribute to the E nodes, added to `total`: see `conas.mixed.train`."""
+    part = _contribution(edges, x, p, q, weights, statistics)
+    return part if total is None else total + part
 
 
 def _contribution(edges, x, p, q, weights, statistics):
@@ -35,19 +35,14 @@ def _contribution(edges, x, p, q, weights, statistics):
             for block in blockwise(half, second[at:at + len(z) * C]):
                 _add_products(total, block, scale[groups], group)
             group = groups.stop
-    if edges.sep:
-        total += shift[:group].view(-1, E, 1, C).sum(0)
-    if not edges.dil:
-        return out, None
-    rectified, dilation, phased = undilated(rectified, edges.stride)
-    inner = out.new_zeros(E, *_after(rectified, 1)) if phased else out
-    total = inner.view(E, -1, C)
-    total += shift[group:].view(-1, E, 1, C).sum(0)
+    read, dilation = undilated(rectified, edges.stride)
     for kernel in weights.dilated:
-        for z in blockwise(rectified, kernel, 1, dilation):
+        for z in blockwise(read, kernel, 1, dilation):
             _add_products(total, z, scale[group:group + len(z)], group)
             group += len(z)
-    return out, inner if phased else None
+    if weights.last:
+        total += shift.view(-1, E, 1, C).sum(0)
+    return out
 
 
 def _plain(edges, x, q, own, statistics):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear
 
-from conas.depthwise import add_interleaved, in_phases, interleave
 from conas.edges import MixedEdges, factorized_reduce
 from conas.fused import Tape, by_hand, recorded
 from conas.genotype import EDGES, NODES, Genotype, derive
@@ -82,48 +81,29 @@ class SearchCell(nn.Module):
         wanted = Wanted(any(tape.wanted[:2]), any(tape.wanted[2:first]), any(tape.wanted[first:]))
         norms = [_norm(self.preprocess0), _norm(self.preprocess1)]
         source, source_back = statistics.normalise_states(tape, torch.stack([s0, s1]), norms)
-        sums, nodes, ways_back = [None, None], [], []  # sums of what has come to each node, and the same in phases
+        sums, nodes, ways_back = None, [], []  # what has come to each node that is not complete
         for n, edges in enumerate(self.mixed):
             terms = edges, source, sums, shares[2 * n], shares[2 * n + 1], weights[n]
             if statistics.batch:
-                ways_back.append(train(tape, *terms, rest, statistics, wanted._replace(x=n > 0 or wanted.x)))
+                sums, way_back = train(tape, *terms, rest, statistics, wanted._replace(x=n > 0 or wanted.x))
+                ways_back.append(way_back)
             else:
-                evaluate(*terms, statistics)
-            source = complete(sums, tape)  # all edges into node n have been computed: equation 1
+                sums = evaluate(*terms, statistics)
+            source, sums = sums[:1], sums[1:]  # all edges into node n have been computed: equation 1
             nodes.append(source)
-        phased = sums[1] is not None
 
         def back(grad: Tensor):
             """From the last node to the first: when its turn comes, all edges out of it have added to its gradient."""
             d_nodes = grad.unflatten(3, (NODES, -1)).permute(3, 0, 1, 2, 4).contiguous()
-            _, N, H, W, C = d_nodes.shape
-            d_phased = d_nodes.new_empty(NODES, 4 * N, H // 2, W // 2, C) if phased else None
             d_shares, d_weights = [None] * NODES, [None] * NODES
             for n in reversed(range(NODES)):
-                d_nodes[n] -= statistics.pool.mean(d_nodes[n].mean((0, 1, 2)))  # see conas/mixed.py
-                if phased:
-                    d_phased[n].unflatten(0, (-1, 2, 2)).copy_(in_phases(d_nodes[n]))
-                d_sums = d_nodes[n:], d_phased[n:] if phased else None
-                d_source, *d_shares[n], d_weights[n] = ways_back[n](d_sums, d_nodes[n - 1:n] if n else None)
+                d_nodes[n].sub_(statistics.pool.mean(d_nodes[n].mean((0, 1, 2))))  # see conas/mixed.py
+                d_source, *d_shares[n], d_weights[n] = ways_back[n](d_nodes[n:], d_nodes[n - 1:n] if n else None)
             d_inputs = source_back(d_source) if wanted.x else (None, None)
             gradients = list(chain(d_inputs, *d_shares, *d_weights))
             return *gradients, *[None] * (2 + len(others) - len(gradients))
 
         return torch.cat([node[0] for node in nodes], 3), back
-
-
-def complete(sums: list[Tensor | None], tape: Tape) -> Tensor:
-    """The first node's state (1, N, H, W, C); `sums` go on without it."""
-    first = [None if of is None else of[:1] for of in sums]
-    sums[:] = [None if of is None else of[1:] for of in sums]
-    if first[1] is None:
-        return first[0]
-    if first[0] is None:
-        return interleave(first[1][0])[None]
-    if not tape.by_hand:
-        return first[0] + interleave(first[1][0])
-    add_interleaved(*first)
-    return first[0]
 
 
 def _preprocess(module: nn.Module, x: Tensor, weights: Iterator[Tensor]) -> Tensor:

@@ -8,6 +8,7 @@ so a pass sums two numbers for each channel over the processes on its way forwar
 the weights need no such sum: each process has its own part, and the step adds these up.
 """
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +49,13 @@ class Pool:
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pool: Pool
                ) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm of x (N, C, H, W), and the mean and the biased variance (C,) that it is by, without gradients."""
+    """BatchNorm of x (N, C, H, W); the mean and the sum of squared deviations (C,) that it is by, without gradients."""
     seen = []
 
     def run(tape: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None):
         rows = x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[1])
-        y, mean, variance, rstd = normalise(rows, eps, pool, False)
-        seen.extend((mean, variance))
+        y, mean, squares, rstd = normalise(rows, eps, pool, False)
+        seen.extend((mean, squares))
         kept, kept_weight, size = tape.keep(y), tape.keep(weight), (len(x), *x.shape[2:], x.shape[1])
 
         def back(grad):
@@ -74,21 +75,31 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 def normalise(rows: Tensor, eps: float, pool: Pool, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """BatchNorm of rows (K, P, C), each of K maps by itself; in place if they are the caller's `own`.
 
-    And the mean, the biased variance and 1/std that it is by, (K, 1, C) and not in bfloat16.
+    And the mean, the sum of squared deviations and 1/std that it is by, (K, 1, C) and not in bfloat16.
     """
     exact = rows if rows.dtype == torch.float64 else rows.float()
     mean = pool.mean(exact.mean(1, keepdim=True))
     centred = torch.sub(exact, mean, out=exact if own else None)
-    variance = pool.mean(dots(centred, centred) / rows.shape[1])
-    rstd = (variance + eps).rsqrt()
+    squares = pool.sum(dots(centred, centred))
+    rstd = inverse_std(squares, pool.count(rows.shape[1]), eps)
     y = torch.mul(centred, rstd, out=centred if own else None).to(rows.dtype)
-    return rows.copy_(y) if own and y.dtype != exact.dtype else y, mean, variance, rstd
+    return rows.copy_(y) if own and y.dtype != exact.dtype else y, mean, squares, rstd
+
+
+def inverse_std(squares: Tensor, pixels: int, eps: float) -> Tensor:
+    """1/std, with BatchNorm's `eps`, from sums of squared deviations over so many pixels."""
+    return torch.add(_constant(eps, squares.dtype, squares.device), squares, alpha=1 / pixels).rsqrt_()
+
+
+@lru_cache
+def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def centred_back(grad: Tensor, y: Tensor, rstd: Tensor, pool: Pool) -> Tensor:
     """In place, from the gradient by y = `normalise(x)` to that by x, for a gradient of mean zero over all images."""
-    slope = pool.sum(dots(grad, y)).div_(-pool.count(y.shape[1])).to(grad.dtype)
-    return grad.addcmul_(y, slope).mul_(rstd.to(grad.dtype))
+    slope = pool.sum(dots(grad, y)).to(grad.dtype)
+    return grad.addcmul_(y, slope, value=-1 / pool.count(y.shape[1])).mul_(rstd.to(grad.dtype))
 
 
 def normalise_back(grad: Tensor, y: Tensor, scale: Tensor, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
@@ -114,11 +125,11 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, variance = batch_norm(x, self.weight, self.bias, self.eps, self.pools[0])
+        y, mean, squares = batch_norm(x, self.weight, self.bias, self.eps, self.pools[0])
         with torch.no_grad():
             pixels = self.pools[0].count(x.numel() // x.shape[1])
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(variance * (pixels / (pixels - 1)), self.momentum)
+            self.running_var.lerp_(squares / (pixels - 1), self.momentum)
             self.num_batches_tracked += 1
         return y
 
