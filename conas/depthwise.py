@@ -25,19 +25,20 @@ from conas.fused import Tape, by_hand
 SMALL = 2**20  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
 
 
-def convolve(x: Tensor | Sequence[Tensor], kernels: Sequence[Tensor], stride: int = 1, dilation: int = 1,
-             shift: Sequence[Tensor] | None = None) -> list[Tensor]:
+def convolve(x: Tensor | Sequence[Tensor], kernels: Sequence[Tensor], shifts: Sequence[Tensor | None],
+             stride: int = 1, dilations: Sequence[int] = ()) -> list[list[Tensor]]:
     """Depthwise convolutions with odd square kernels and "same" padding.
 
     Each kernel (G*C, 1, k, k) serves G groups. x is S states (S, N, H, W, C), each read by G/S groups of every kernel;
-    or for each kernel the maps (G, N, H, W, C) of its groups. Returns z + shift, for `shift` (G*C,) of every kernel:
-    parts (groups, N, ceil(H / stride), ceil(W / stride), C) of all groups, one after another; see `join`.
+    or for each kernel the maps (G, N, H, W, C) of its groups. Returns for every kernel z + shift, of shift (G*C,), in
+    parts (groups, N, ceil(H / stride), ceil(W / stride), C); see `join`.
     """
     C, small, outs = x[0].shape[-1], _is_small(x[0], x[0].shape[-4:]), []
-    for blocks, kernel, by in zip(_inputs(x, kernels, small), kernels, shift or [None] * len(kernels)):
-        shifts = [None] * len(blocks) if by is None else by.chunk(len(blocks))
-        outs += [_groups_of(_convolution(block, own, stride, dilation, of), C)
-                 for block, own, of in zip(blocks, kernel.chunk(len(blocks)), shifts)]
+    settings = zip(_inputs(x, kernels, small), kernels, shifts, dilations or [1] * len(kernels))
+    for blocks, kernel, shift, dilation in settings:
+        by = [None] * len(blocks) if shift is None else shift.chunk(len(blocks))
+        outs.append([_groups_of(_convolution(block, own, stride, dilation, of), C)
+                     for block, own, of in zip(blocks, kernel.chunk(len(blocks)), by)])
     return outs
 
 
@@ -59,20 +60,22 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
     if x_wanted:
         d_x = _input_gradient(grads, shape, kernels, flipped, stride, dilation, own)
     if x is not None:
-        d_kernels = [_weight_gradient(of, blocks, kernel, stride, dilation)
-                     for of, blocks, kernel in zip(grads, _inputs(x, kernels, small), kernels)]
+        inputs = [x] * len(kernels) if isinstance(x, Tensor) else x
+        d_kernels = [_weight_gradient(*of, stride, dilation, small) for of in zip(grads, inputs, kernels)]
     return d_x, d_kernels
 
 
-def rectify(y: Tensor, sizes: Sequence[int], by_hand: bool, kept: bool) -> list[Tensor]:
+def rectify(y: Tensor, sizes: Sequence[int], memory: Sequence[Tensor] | None, by_hand: bool, kept: bool
+            ) -> list[Tensor]:
     """relu(y) of maps y (G, N, H, W, C): as many parts as `sizes`, in memory as `convolve` reads them.
 
-    By hand, and unless y is to be `kept`, y is lost.
+    By hand, `memory` is overwritten: if given, parts that `convolve` has returned. So is y, unless it is to be `kept`.
     """
     if not by_hand or not _is_small(y, y.shape[1:]):
         return list((y.relu_() if by_hand and not kept else y.relu()).split(sizes))
-    parts = [(part, part.new_empty(*part.shape[1:4], len(part), y.shape[4])) for part in y.split(sizes)]
-    return [torch.clamp_min(part, 0, out=out.permute(3, 0, 1, 2, 4)) for part, out in parts]
+    parts = y.split(sizes)
+    memory = memory or [y.new_empty(*y.shape[1:4], size, y.shape[4]).permute(3, 0, 1, 2, 4) for size in sizes]
+    return [torch.clamp_min(part, 0, out=out) for part, out in zip(parts, memory)]
 
 
 def rectify_back(grads: Sequence[Tensor], parts: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -174,31 +177,23 @@ def _input_parts(blocks, shape, kernels, flipped, stride, dilation):
             yield _gradients(grad, x, kernel, stride, dilation, padding, (True, False))[0]
 
 
-def _weight_gradient(grads, blocks, kernel, stride, dilation):
-    k, kernels = kernel.shape[-1], kernel.chunk(len(grads))
+def _weight_gradient(grads, x, kernel, stride, dilation, small):
+    k, kernels, width = kernel.shape[-1], kernel.chunk(len(grads)), stride * (grads[0].shape[3] - 1) + 3
+    times = len(kernel) // x.shape[-1] // len(x)
     if k <= 3 or dilation > 1 or kernel.device.type != "cpu":
         return join([_gradients(grad, block, own, stride, dilation, dilation * (k // 2), (False, True))[1]
-                      for grad, block, own in zip(grads, blocks, kernels)])
-    columns = []
-    for s in range(0, k - 2, 2):  # columns s to s+2 of the kernel, from an input that begins s columns later
-        left = k // 2 - s
-        right = stride * (grads[0].shape[3] - 1) + 3 - left - blocks[0].shape[3]
-        parts, padded, inside = [], None, None
-        for grad, block, own in zip(grads, blocks, kernels):
-            if block is not inside:
-                padded, inside = _padded(block, left, right, k // 2, padded), block
-            parts.append(_gradients(grad, padded, own[..., :3], stride, dilation, 0, (False, True))[1])
-        columns.append(join(parts)[..., 1 if s else 0:])
-    return torch.cat(columns, 3)
-
-
-def _padded(x: Tensor, left: int, right: int, rows: int, last: Tensor | None) -> Tensor:
-    """x (N, C, H, W) with zeros around it, in the memory of the `last` one, which has them already."""
-    if last is None:
-        return pad(x, (left, right, rows, rows))
-    x = x[..., max(0, -left):x.shape[3] + min(0, right)]  # as `pad` cuts off what is less than nothing
-    last[:, :, rows:-rows, max(0, left):max(0, left) + x.shape[3]] = x
-    return last
+                     for grad, block, own in zip(grads, _blocks(x, times, small), kernels)])
+    border = k // 2
+    blocks = _blocks(pad(x, (0, 0, border, k - 3 + width - border - x.shape[-2], border, border)), times, small)
+    columns, inside = [[] for _ in range(0, k - 2, 2)], None  # s to s+2 of the kernel for s = 0, 2, ...
+    for grad, block, own in zip(grads, blocks, kernels):
+        if block is not inside:  # many edges may read the same
+            inside, parts = block, [block[..., s:s + width] for s in range(0, k - 2, 2)]
+            if times > 1 and not small:
+                parts = [part.contiguous(memory_format=torch.channels_last) for part in parts]
+        for part, column in zip(parts, columns):
+            column.append(_gradients(grad, part, own[..., :3], stride, dilation, 0, (False, True))[1])
+    return torch.cat([join(column)[..., 1 if s else 0:] for s, column in enumerate(columns)], 3)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
@@ -206,9 +201,11 @@ def join(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
-def row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """The sum of a b over the last dimension, kept as one of size 1: one call for a few numbers in each sum."""
-    return torch.bmm(a.reshape(-1, 1, a.shape[-1]), b.reshape(-1, b.shape[-1], 1)).view(*a.shape[:-1], 1)
+def row_dots(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
+    """The sum of a b over the last dimension, kept as one of size 1, and of `plus`: in one call, for short rows."""
+    rows, columns = a.reshape(-1, 1, a.shape[-1]), b.reshape(-1, b.shape[-1], 1)
+    dots = torch.bmm(rows, columns) if plus is None else torch.baddbmm(plus, rows, columns)
+    return dots.view(*a.shape[:-1], 1)
 
 
 def shifts(x: Tensor, kernels: Tensor, stride: int, dilations: Sequence[int]) -> Tensor:
@@ -228,7 +225,7 @@ def own_shift(x: Tensor, kernel: Tensor) -> Tensor:
     """The same for maps x (G, N, H, W, C) and a kernel (G*C, 1, k, k), of which each group has its own: (G*C,)."""
     G, _, H, W, C = x.shape
     taps = _taps(kernel.shape[-1], H, W, 1, (1,), x.dtype, x.device)
-    means = x.mean(1).permute(1, 2, 0, 3).reshape(H * W, G * C)
+    means = x.permute(1, 2, 3, 0, 4).mean(0).view(H * W, G * C)
     return row_dots(means.t() @ taps.t(), kernel.flatten(1)).view(-1)
 
 

@@ -52,6 +52,9 @@ class MixedEdges:
         self.own = [name for name in primitives if name == "conv_7x1_1x7" or (name == "skip_connect" and stride == 2)]
         self.skip = ["skip_connect"] if "skip_connect" in primitives and stride == 1 else []
         self.dilations = [1] * bool(self.sep) + [2] * bool(self.dil)
+        own = self.S * self.E * len(self.own)
+        self.shapes = [((len(self.sep) + len(self.dil)) * self.S * self.E,),  # of p and q, see `shares`
+                       (self.E, self.S * len(self.pools + self.skip) + own)]
 
     def layers(self, names: Sequence[str], i: int) -> list[nn.Module]:
         """Layer i of these operations, for every operation on all edges."""
@@ -96,19 +99,20 @@ class MixedEdges:
         turned = (first if self.stride == 1 else []) + second + dilated
         return arranged + [pack.flip(2, 3) for pack in turned]
 
-    def shares(self, probabilities: Tensor) -> tuple[Tensor | None, Tensor]:
-        """p (kinds*S*E,) and q (E, M) of equation 2, from the edges' probabilities (S*E, P).
+    def shares(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
+        """p (kinds*S*E,) and q (E, M) of equation 2, from the edges' probabilities (S*E, P), or from their places.
 
-        p weighs convolutions, in the order of `sep` and `dil`; q the maps of `pools`, `skip` and `own`.
+        p weighs convolutions, in the order of `sep` and `dil`; q the maps of `pools`, `skip` and `own`, and has zeros
+        where a map is of another edge.
         """
         column = dict(zip(self.primitives, probabilities.unbind(1)))
-        convolutions = [column[name] for name in self.sep + self.dil]
+        nothing = probabilities.new_zeros(self.E, 0)
+        convolutions = [column[name] for name in self.sep + self.dil] or [nothing.flatten()]
         # a map that all edges out of a state share has one column for each state, one of its own for each edge
         q = [column[name].view(self.S, self.E).t() if name not in self.own else
              torch.diag_embed(column[name].view(self.S, self.E)).transpose(0, 1).flatten(1)
              for name in self.pools + self.skip + self.own]
-        return (torch.cat(convolutions) if convolutions else None,
-                torch.cat(q, 1) if q else probabilities.new_zeros(self.E, 0))
+        return torch.cat(convolutions), torch.cat(q or [nothing], 1)
 
     def pool_norms(self) -> list[nn.BatchNorm2d]:
         """Of every edge, by pool."""
@@ -154,10 +158,9 @@ def factorized_reduce(x: Tensor, first: Tensor, second: Tensor, edges: int) -> T
     x (S, N, H, W, C), weights (edges*C_half, C, 1, 1); returns (N, H', W', edges*C_out).
     """
     S, N, H, W, C = x.shape
-    x = pad(x, (0, 0, 0, W % 2, 0, H % 2))
-    halves = []
-    for i, weight in enumerate((first, second)):
-        pixels = x[:, :, i::2, i::2].reshape(S, -1, C)
-        halves.append((pixels @ weight.view(S, -1, C).transpose(1, 2)).unflatten(2, (edges // S, -1)))
+    x = pad(x, (0, 0, 0, W % 2, 0, H % 2)) if H % 2 or W % 2 else x
+    both = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).diagonal(dim1=3, dim2=5)  # (S, N, H', W', C, 2)
+    halves = [(pixels.reshape(S, -1, C) @ weight.view(S, -1, C).transpose(1, 2)).unflatten(2, (edges // S, -1))
+              for pixels, weight in zip(both.unbind(5), (first, second))]
     y = torch.cat(halves, 3).permute(1, 0, 2, 3)
     return y.reshape(N, (H + 1) // 2, (W + 1) // 2, -1)

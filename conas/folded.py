@@ -18,51 +18,49 @@ from torch import Tensor, nn
 from conas.depthwise import join, rectify, rectify_back, row_dots
 from conas.fused import Tape
 from conas.statistics import Statistics
-from conas.synced import Pool, inverse_std
+from conas.synced import Pool, constant
 
 EPS = 1e-5  # of nn.BatchNorm2d
-CHUNK = 1024  # pixels
+CHUNK = 4096  # pixels
 
 
 class Folded:
     """`scaled` (K, C out, C in) with p BatchNorm(W z) = scaled z, from the batch; weight W (K, C, C), p (K,) or None.
 
-    `z` are the maps in rows (K, pixels, C) of this process, `squares` (K, C, 1) the sums of those of W z, over the
-    pixels of all. What goes back to z is of all processes; the gradients by weight and p are this process's part: their
-    sum is taken with that of all weights.
+    `z` are the maps in rows (K, pixels, C) of this process, `rstd` (K, C, 1) is 1/std by those of all processes. What
+    goes back to z is of all; the gradients by weight and p are this process's part: their sum is taken with that of all
+    weights.
     """
 
     def __init__(self, z: Tensor, weight: Tensor, p: Tensor | None, pool: Pool):
         self.weight, self.pixels, self.pool = weight, pool.count(z.shape[1]), pool
-        self.spread = torch.bmm(weight, pool.sum(_products([(z, z)])))
-        self.squares = row_dots(self.spread, weight)
-        self.rstd = inverse_std(self.squares, self.pixels, EPS)
-        self.p = None if p is None else p[:, None, None]
-        self.scale = self.rstd if p is None else self.rstd * self.p
+        self.spread = _scaled_product(weight, pool.sum(_products([(z, z)])), 1 / self.pixels)  # W covariance
+        self.rstd = row_dots(self.spread, weight, constant(EPS, z.dtype, z.device)).rsqrt_()
+        self.scale = self.rstd if p is None else self.rstd * p[:, None, None]
         self.scaled = self.scale * weight
 
-    def back(self, d_scaled: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """From the gradient by `scaled`: that by the weight, the matrix (K, C, C) for which z matrix is the gradient by
-        z that comes through its covariance, and the gradient by p."""
-        dots, cube = row_dots(d_scaled, self.weight), self.rstd ** 3
-        through = dots * (cube if self.p is None else cube * self.p)  # -2 d_variance
-        d_weight = (d_scaled * self.scale).addcmul_(self.spread, through, value=-1 / self.pixels)
-        half = (self.pool.sum(through) * self.weight).transpose(1, 2)
-        matrix = torch.baddbmm(half, half, self.weight, beta=0, alpha=-1 / self.pixels)
-        return d_weight, matrix, None if self.p is None else (dots * self.rstd).sum((1, 2))
+    def back(self, d_scaled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """From the gradient by `scaled`: that by the weight; the matrix (K, C, C) for which z matrix is the gradient by
+        z that comes through its covariance; and (K, C), whose sum over channels is the gradient by p."""
+        share = row_dots(d_scaled, self.weight).mul_(self.rstd)
+        through = share * (self.rstd * self.scale)  # -2 d_variance
+        d_weight = (d_scaled * self.scale).addcmul_(self.spread, through, value=-1)
+        half = self.pool.sum(through) * self.weight
+        return d_weight, _scaled_product(half.transpose(1, 2), self.weight, -1 / self.pixels), share.squeeze(2)
 
 
-def halfway(tape: Tape, z: Tensor, weight: Tensor, sizes: Sequence[int], pool: Pool):
+def halfway(tape: Tape, z: Tensor, weight: Tensor, sizes: Sequence[int], memory: list[Tensor] | None, pool: Pool):
     """relu(BatchNorm(W z)) of z (K, N, H, W, C) of mean zero with weight (K, C, C), by `rectify` in parts of `sizes`.
 
-    Also the sums of squares of W z (K, C, 1); what computes the result again, so that it need not be kept; and `back`,
+    Also 1/std of W z, (K, C, 1); what computes the result again, so that it need not be kept; and `back`,
     which takes the gradients by the parts, these, and memory for a map like z, and returns the gradients by z and
     weight.
     """
     folded, kept, shape = Folded(in_rows(z), weight, None, pool), tape.keep(z), z.shape
 
-    def result(z):
-        return rectify(torch.bmm(in_rows(z), folded.scaled.transpose(1, 2)).view(shape), sizes, tape.by_hand, False)
+    def result(z, memory):
+        y = torch.bmm(in_rows(z), folded.scaled.transpose(1, 2)).view(shape)
+        return rectify(y, sizes, memory, tape.by_hand, False)
 
     def back(grads, parts, memory):
         z, grad = in_rows(kept()), in_rows(rectify_back(grads, parts, memory))
@@ -70,16 +68,16 @@ def halfway(tape: Tape, z: Tensor, weight: Tensor, sizes: Sequence[int], pool: P
         d_weight, matrix, _ = folded.back(_products([(grad, z)]))
         return torch.bmm(z, matrix).baddbmm_(grad, folded.scaled).view(shape), d_weight
 
-    return result(z), folded.squares, lambda: result(kept()), back
+    return result(z, memory), folded.rstd, lambda: result(kept(), None), back
 
 
 def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, E: int, pool: Pool):
     """`total` (E, N, H, W, C), or nothing to begin with, and for each of E edges the sum of p BatchNorm(W z) over its
     groups; group k is of edge k % E.
 
-    z (K, N, H, W, C) have mean zero; weight (K, C, C), p (K,). By hand the sum stays in its memory. Returns it, the
-    sums of squares of W z (K, C, 1), and `back`: from the gradient by the sum, which must have mean zero, and whether
-    that by z is wanted, to this and those by weight and p.
+    z (K, N, H, W, C) have mean zero; weight (K, C, C), p (K,). By hand the sum stays in its memory. Returns it, 1/std
+    of W z (K, C, 1), and `back`: from the gradient by the sum, which must have mean zero, and whether that by z is
+    wanted, to this, that by the weight, and (K, C), whose sum over channels is that by p.
     """
     folded, kept, shape = Folded(in_rows(z), weight, p, pool), tape.keep(z), z.shape
     total = None if total is None else in_rows(total)
@@ -95,7 +93,7 @@ def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, 
             part.baddbmm_(grad, by)
         return d_z.view(shape), d_weight, d_p
 
-    return total.view(E, *shape[1:]), folded.squares, back
+    return total.view(E, *shape[1:]), folded.rstd, back
 
 
 def running_scale(weight: Tensor, p: Tensor | None, norms: Sequence[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
@@ -107,6 +105,11 @@ def running_scale(weight: Tensor, p: Tensor | None, norms: Sequence[nn.BatchNorm
 def in_rows(z: Tensor) -> Tensor:
     """(K, N, H, W, C) -> (K, pixels, C)."""
     return z.reshape(z.shape[0], -1, z.shape[-1])
+
+
+def _scaled_product(a: Tensor, b: Tensor, by: float) -> Tensor:
+    """by a b, of matrices (K, C, C): in one call, which with beta = 0 does not read what it adds to."""
+    return torch.baddbmm(b, a, b, beta=0, alpha=by)
 
 
 def _products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:

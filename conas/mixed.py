@@ -6,6 +6,7 @@ of BatchNorm. So a constant in a state's gradient has no effect, and once it has
 a BatchNorm into that state is free of it.
 """
 from collections.abc import Iterator
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -41,23 +42,18 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Ten
     pointwise = folded if wanted.weights or not tape.by_hand else unfolded
     total, plain_back = _plain(edges, tape, x, rectified, total, q, weights.own, statistics, wanted)
     if edges.dilations:
-        means = shifts(rectified, next(arranged), edges.stride, edges.dilations)
-        kinds = [len(names) for names in (edges.sep, edges.dil) if names]
-        means = [[pool.mean(of[kind].flatten()) for kind in range(count)] for of, count in zip(means, kinds)]
+        first, dilated, shift, dilated_shift = _convolved(edges, rectified, next(arranged), weights, pool)
     if edges.sep:
-        parts, shift, sep_back = _separable(edges, tape, rectified, means[0], weights, arranged, statistics, pointwise)
-        maps += parts
-        added += shift
+        maps, added, sep_back = _separable(edges, tape, rectified, first, shift, weights, arranged, statistics,
+                                           pointwise)
     if edges.dil:
         flipped = [next(arranged) for _ in edges.dil]
-        read, dilation = undilated(rectified, edges.stride)
-        maps += convolve(read, weights.dilated, 1, dilation, means[-1])
-        added += means[-1]
+        maps, added = maps + dilated, added + dilated_shift
     if maps:
-        z, last = join(maps).contiguous(), square(weights.last[0])
+        z, last = join(list(chain(*maps))).contiguous(), square(weights.last[0])
         sizes = [len(edges.ops[name]) for name in edges.sep + edges.dil]
-        total, squares, mix_back = pointwise.mix(tape, total, z, last, p, edges.E, pool)
-        statistics.add_folded(edges.layers(edges.sep + edges.dil, -1), added, last, squares, _pixels(z))
+        total, rstd, mix_back = pointwise.mix(tape, total, z, last, p, edges.E, pool)
+        statistics.add_folded(edges.layers(edges.sep + edges.dil, -1), added, last, rstd, _pixels(z))
 
     def back(grad: Tensor, d_x: Tensor | None):
         rectified, d, d_p, d_rectified = kept(), Packs(*([] for _ in Packs._fields)), None, None
@@ -82,14 +78,31 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Ten
     return total, back
 
 
-def _separable(edges, tape, rectified, shift, weights, arranged, statistics, pointwise):
-    """The maps of all sep_conv ahead of the last pointwise convolution, what was added to them, and `back`."""
+def _convolved(edges, rectified, arranged, weights, pool):
+    """What depthwise convolutions make of the states for sep_conv and dil_conv, by kernel, and what was added to it."""
+    sep, dil = len(edges.sep), len(edges.dil)
+    means = shifts(rectified, arranged, edges.stride, edges.dilations)  # for as many kinds of each as there are at most
+    shift, dilated_shift = ([pool.mean(mean.flatten()) for mean in of[:kinds]]
+                            for of, kinds in ((means[0], sep), (means[-1], dil)))
+    if edges.stride == 1:  # all read the same
+        maps = convolve(rectified, weights.first + weights.dilated, shift + dilated_shift, 1, [1] * sep + [2] * dil)
+        return maps[:sep], maps[sep:], shift, dilated_shift
+    read, dilation = undilated(rectified, edges.stride)
+    return (convolve(rectified, weights.first, shift, edges.stride),
+            convolve(read, weights.dilated, dilated_shift, 1, [dilation] * dil), shift, dilated_shift)
+
+
+def _separable(edges, tape, rectified, maps, shift, weights, arranged, statistics, pointwise):
+    """From the `maps` that the first depthwise convolutions have made, with what was added to them: the same of the
+    second, and `back`, to the gradient by the states."""
     first, second, weight, stride = weights.first, weights.second, square(weights.halfway[0]), edges.stride
     flipped = [next(arranged) for _ in first] if stride == 1 else first, [next(arranged) for _ in second]
-    z = join(convolve(rectified, first, stride, 1, shift)).contiguous()
+    z = join(list(chain(*maps))).contiguous()
     sizes, shape, read = [len(edges.ops[name]) for name in edges.sep], z.shape, rectified.shape
-    parts, squares, again, halfway_back = pointwise.halfway(tape, z, weight, sizes, statistics.pool)
-    statistics.add_folded(edges.layers(edges.sep, 3), shift, weight, squares, _pixels(z))
+    # in one part each, and copied: then these have served
+    memory = [parts[0] for parts in maps] if all(len(of) == 1 and of[0] is not z for of in maps) else None
+    parts, rstd, again, halfway_back = pointwise.halfway(tape, z, weight, sizes, memory, statistics.pool)
+    statistics.add_folded(edges.layers(edges.sep, 3), shift, weight, rstd, _pixels(z))
     shift = [statistics.pool.mean(own_shift(part, kernel)) for part, kernel in zip(parts, second)]
 
     def back(d_z, rectified, d, wanted):
@@ -103,7 +116,7 @@ def _separable(edges, tape, rectified, shift, weights, arranged, statistics, poi
         d.second.extend(d_second)
         return d_x
 
-    return convolve(parts, second, shift=shift), shift, back
+    return convolve(parts, second, shift), shift, back
 
 
 def _plain(edges, tape, x, rectified, total, q, weights, statistics, wanted):
@@ -121,8 +134,8 @@ def _plain(edges, tape, x, rectified, total, q, weights, statistics, wanted):
     plain = torch.cat(maps) if maps else x.new_empty(0)
     if pools:
         rows, pool = in_rows(plain[:pools]), statistics.pool
-        rows, mean, squares, rstd = normalise(rows, EPS, pool, tape.by_hand)
-        statistics.add(edges.pool_norms(), mean, squares, rows.shape[1])
+        rows, mean, rstd = normalise(rows, EPS, pool, tape.by_hand)
+        statistics.add(edges.pool_norms(), mean, rstd, rows.shape[1])
         plain = plain if tape.by_hand else torch.cat([rows.view_as(plain[:pools]), plain[pools:]])
     if maps:
         flat = plain.view(len(plain), -1)

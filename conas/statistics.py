@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from conas.fused import Tape
-from conas.synced import Pool, batch_norm, normalise, normalise_back
+from conas.synced import Pool, batch_norm, normalise, normalise_back, unbiased_variance
 
 
 class Statistics:
@@ -20,19 +20,19 @@ class Statistics:
         self.batch, self.keep, self.pool = batch, batch and keep, pool or Pool()
         self._seen: list[tuple[Sequence[nn.BatchNorm2d], Tensor, Tensor, int]] = []
 
-    def add(self, norms: Sequence[nn.BatchNorm2d], mean: Tensor, squares: Tensor, pixels: int) -> None:
-        """Take note of mean and sum of squared deviations of a batch, of K * C channels: K maps of C for as many norms,
-        or each for several that share it, one after another; `pixels` are this process's.
+    def add(self, norms: Sequence[nn.BatchNorm2d], mean: Tensor, rstd: Tensor, pixels: int) -> None:
+        """Take note of the mean and 1/std of a batch, of K * C channels: K maps of C for as many norms, or each for
+        several that share it, one after another; `pixels` are this process's.
         """
         if self.keep:
-            self._seen.append((norms, mean.detach(), squares.detach(), self.pool.count(pixels)))
+            self._seen.append((norms, mean.detach(), rstd.detach(), self.pool.count(pixels)))
 
-    def add_folded(self, norms: Sequence[nn.BatchNorm2d], shifts: Sequence[Tensor], weight: Tensor, squares: Tensor,
+    def add_folded(self, norms: Sequence[nn.BatchNorm2d], shifts: Sequence[Tensor], weight: Tensor, rstd: Tensor,
                    pixels: int) -> None:
         """`add` of W z with weight (K, C, C), for z of mean zero since `shifts`, together (K*C,), were added."""
         if self.keep:
             shift = torch.cat(list(shifts)).detach().view(len(weight), 1, -1)
-            self.add(norms, -shift @ weight.detach().transpose(1, 2), squares, pixels)
+            self.add(norms, -shift @ weight.detach().transpose(1, 2), rstd, pixels)
 
     @staticmethod
     def running(norms: Sequence[nn.BatchNorm2d]) -> tuple[Tensor, Tensor]:
@@ -53,8 +53,8 @@ class Statistics:
         """BatchNorm of x (N, H, W, channels), whose channels are those of all norms one after another."""
         x, eps = x.permute(0, 3, 1, 2), norms[0].eps
         if self.batch:
-            x, mean, squares = batch_norm(x, weight, bias, eps, self.pool)
-            self.add(norms, mean, squares, x.numel() // x.shape[1])
+            x, mean, rstd = batch_norm(x, weight, bias, eps, self.pool)
+            self.add(norms, mean, rstd, x.numel() // x.shape[1])
         else:
             mean, variance = (statistic.view(-1).to(x.dtype) for statistic in self.running(norms))
             x = nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
@@ -70,8 +70,8 @@ class Statistics:
             scale, shift = (t[:, None, None].to(x.dtype) for t in self.running_scale(norms))
             return torch.addcmul(shift, x, scale), None
         rows = x.view(len(x), -1, x.shape[-1])
-        y, mean, squares, rstd = normalise(rows, norms[0].eps, self.pool, tape.by_hand)
-        self.add(norms, mean, squares, rows.shape[1])
+        y, mean, rstd = normalise(rows, norms[0].eps, self.pool, tape.by_hand)
+        self.add(norms, mean, rstd, rows.shape[1])
         kept, shape = tape.keep(y), x.shape
 
         def back(grad: Tensor) -> Tensor:
@@ -86,9 +86,9 @@ class Statistics:
         if not self.keep:
             return
         running, seen, counts = [], [], []
-        for norms, mean, squares, pixels in self._seen:
-            C = norms[0].num_features
-            for name, value in ("running_mean", mean), ("running_var", squares / (pixels - 1)):
+        for norms, mean, rstd, pixels in self._seen:
+            C, variance = norms[0].num_features, unbiased_variance(rstd, pixels, norms[0].eps)
+            for name, value in ("running_mean", mean), ("running_var", variance):
                 running += [getattr(norm, name) for norm in norms]
                 value = value.to(norms[0].running_mean.dtype).reshape(-1, C)
                 seen += value.repeat_interleave(len(norms) // len(value), dim=0).unbind()

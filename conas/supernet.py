@@ -3,11 +3,12 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
+from math import prod
 from operator import call
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import conv2d, linear
+from torch.nn.functional import conv2d, linear, pad
 
 from conas.edges import MixedEdges, factorized_reduce
 from conas.fused import Tape, by_hand, recorded
@@ -65,25 +66,30 @@ class SearchCell(nn.Module):
         preprocess = [[p] for module in (self.preprocess0, self.preprocess1) for p in module.parameters()]
         return preprocess + [pack for edges in self.mixed for pack in edges.packs()]
 
-    def forward(self, s0: Tensor, s1: Tensor, shares: Sequence[Tensor | None], weights: Sequence[Tensor],
-                arranged: Sequence[Tensor], statistics: Statistics) -> Tensor:
-        """`s0`, `s1` (N, H, W, C) come after ReLU; `shares` are p and q, made of the alphas, for each of `mixed`."""
+    def shares(self, probabilities: Tensor) -> Tensor:
+        """What `forward` takes, one vector, from the edges' probabilities (EDGES, P), or from their places."""
+        pairs = [mixed.shares(probabilities[edges]) for mixed, edges in zip(self.mixed, OUTGOING)]
+        return torch.cat([share.flatten() for shares in zip(*pairs) for share in shares])
+
+    def forward(self, s0: Tensor, s1: Tensor, shares: Tensor, weights: Sequence[Tensor], arranged: Sequence[Tensor],
+                statistics: Statistics) -> Tensor:
+        """`s0`, `s1` (N, H, W, C) come after ReLU; `shares` are made of the alphas: p of all `mixed`, then q."""
         weights = iter(weights)
         inputs = [_preprocess(self.preprocess0, s0, weights), _preprocess(self.preprocess1, s1, weights)]
         run = partial(self._nodes, statistics)
-        return (by_hand if statistics.batch else recorded)(run, *inputs, *shares, *weights, *arranged)
+        return (by_hand if statistics.batch else recorded)(run, *inputs, shares, *weights, *arranged)
 
-    def _nodes(self, statistics: Statistics, tape: Tape, s0: Tensor, s1: Tensor, *others: Tensor | None):
+    def _nodes(self, statistics: Statistics, tape: Tape, s0: Tensor, s1: Tensor, shares: Tensor, *others: Tensor):
         """The output from both inputs ahead of their BatchNorm, and the way back; see `by_hand`."""
-        shares, rest = others[:2 * NODES], iter(others[2 * NODES:])
+        rest, shapes = iter(others), [shape for of in zip(*(edges.shapes for edges in self.mixed)) for shape in of]
         weights = [edges.take(rest) for edges in self.mixed]
-        first = 2 + 2 * NODES
-        wanted = Wanted(any(tape.wanted[:2]), any(tape.wanted[2:first]), any(tape.wanted[first:]))
+        shares = [share.view(shape) for share, shape in zip(shares.split([prod(shape) for shape in shapes]), shapes)]
+        wanted = Wanted(any(tape.wanted[:2]), tape.wanted[2], any(tape.wanted[3:]))
         norms = [_norm(self.preprocess0), _norm(self.preprocess1)]
         source, source_back = statistics.normalise_states(tape, torch.stack([s0, s1]), norms)
         sums, nodes, ways_back = None, [], []  # what has come to each node that is not complete
         for n, edges in enumerate(self.mixed):
-            terms = edges, source, sums, shares[2 * n], shares[2 * n + 1], weights[n]
+            terms = edges, source, sums, shares[n], shares[NODES + n], weights[n]
             if statistics.batch:
                 sums, way_back = train(tape, *terms, rest, statistics, wanted._replace(x=n > 0 or wanted.x))
                 ways_back.append(way_back)
@@ -95,13 +101,16 @@ class SearchCell(nn.Module):
         def back(grad: Tensor):
             """From the last node to the first: when its turn comes, all edges out of it have added to its gradient."""
             d_nodes = grad.unflatten(3, (NODES, -1)).permute(3, 0, 1, 2, 4).contiguous()
-            d_shares, d_weights = [None] * NODES, [None] * NODES
+            d_p, d_q, d_weights = ([None] * NODES for _ in range(3))
             for n in reversed(range(NODES)):
                 d_nodes[n].sub_(statistics.pool.mean(d_nodes[n].mean((0, 1, 2))))  # see conas/mixed.py
-                d_source, *d_shares[n], d_weights[n] = ways_back[n](d_nodes[n:], d_nodes[n - 1:n] if n else None)
-            d_inputs = source_back(d_source) if wanted.x else (None, None)
-            gradients = list(chain(d_inputs, *d_shares, *d_weights))
-            return *gradients, *[None] * (2 + len(others) - len(gradients))
+                d_source, d_p[n], d_q[n], d_weights[n] = ways_back[n](d_nodes[n:], d_nodes[n - 1:n] if n else None)
+            d_inputs, d_shares = source_back(d_source) if wanted.x else (None, None), None
+            if wanted.alphas:
+                d_p = [torch.cat(d_p).sum(1)] if weights[0].last else []
+                d_shares = torch.cat(d_p + [share.flatten() for share in d_q if share is not None])
+            gradients = [*d_inputs, d_shares, *chain(*d_weights)]
+            return *gradients, *[None] * (3 + len(others) - len(gradients))
 
         return torch.cat([node[0] for node in nodes], 3), back
 
@@ -145,7 +154,6 @@ class Supernet(nn.Module):
         shape = (EDGES, len(self.primitives))
         self.alphas_normal = nn.Parameter(1e-3 * torch.randn(shape))
         self.alphas_reduce = nn.Parameter(1e-3 * torch.randn(shape))
-        self.register_buffer("outgoing", torch.tensor([edge for edges in OUTGOING for edge in edges]), persistent=False)
         self.frozen = False  # see `frozen_statistics`
         self.synced = False  # whether BatchNorm is by the images of all processes
         self.run_cell: Callable = call  # or what conas/speed.py puts in its place
@@ -160,6 +168,10 @@ class Supernet(nn.Module):
         self._arranged = [[part.shape for part in parts] for parts in arranged]  # by cell
         index = torch.cat([part.flatten() for parts in arranged for part in parts] or [torch.empty(0)]).int()
         self.register_buffer("arrangement", index, persistent=False)
+        edges = 1 + torch.arange(self.alphas_normal.numel()).view(shape)  # 0 is the place of a zero
+        for reduction, name in (False, "shares_normal"), (True, "shares_reduce"):
+            places = [cell.shares(edges) for cell in self.cells if cell.reduction == reduction][:1]
+            self.register_buffer(name, torch.cat(places or [edges[:0].flatten()]), persistent=False)
 
     def packing(self) -> list[nn.Parameter]:
         """The weights in the order of the flat vector that `with_weights` takes."""
@@ -187,14 +199,14 @@ class Supernet(nn.Module):
         weights, arranged = self._unpack(w), self._arrange(w) if self.training else [()] * len(self.cells)
         pool = Pool.of_all(len(x)) if self.synced and self.training else None
         statistics = Statistics(batch=self.training, keep=not self.frozen, pool=pool)
-        shares = {reduction: self._shares(alphas, reduction, w.dtype)
-                  for reduction, alphas in ((False, self.alphas_normal), (True, self.alphas_reduce))}
+        normal = self._shares(self.alphas_normal, self.shares_normal, False, w.dtype)
+        reduce = self._shares(self.alphas_reduce, self.shares_reduce, True, w.dtype)
         x = conv2d(x.contiguous(memory_format=torch.channels_last), next(weights), padding=1).permute(0, 2, 3, 1)
         out = statistics.normalise(x, [self.stem[1]], next(weights), next(weights))
         s0 = s1 = out.relu()  # every cell begins with it
         for cell, kernels in zip(self.cells, arranged):
             own = list(islice(weights, cell.takes))
-            out = self.run_cell(cell, s0, s1, shares[cell.reduction], own, kernels, statistics)
+            out = self.run_cell(cell, s0, s1, next(reduce if cell.reduction else normal), own, kernels, statistics)
             s0, s1 = s1, out.relu()
         statistics.update()
         statistics.keep = False  # a checkpointed cell that is computed again brings no other batch
@@ -210,11 +222,10 @@ class Supernet(nn.Module):
         parts = iter(flat.split([shape.numel() for shapes in self._arranged for shape in shapes]))
         return [[next(parts).view(shape) for shape in shapes] for shapes in self._arranged]
 
-    def _shares(self, alphas: Tensor, reduction: bool, dtype: torch.dtype) -> list[Tensor | None]:
-        """The probabilities of equation 2 as each of a cell's `mixed` takes them; cells of a kind share them."""
-        edges = next((cell.mixed for cell in self.cells if cell.reduction == reduction), [])
-        rows = alphas.softmax(dim=-1).to(dtype)[self.outgoing].split([len(edges) for edges in OUTGOING])
-        return [share for mixed, part in zip(edges, rows) for share in mixed.shares(part)]
+    def _shares(self, alphas: Tensor, places: Tensor, reduction: bool, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The probabilities of equation 2 as each cell of a kind takes them, from that kind's alphas."""
+        flat = pad(alphas.softmax(dim=-1).to(dtype).flatten(), (1, 0)).index_select(0, places)
+        return iter(flat.expand(sum(cell.reduction == reduction for cell in self.cells), -1).unbind())
 
     def alphas(self) -> dict[str, nn.Parameter]:
         """The architecture parameters by name."""

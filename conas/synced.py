@@ -49,13 +49,13 @@ class Pool:
 
 def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, pool: Pool
                ) -> tuple[Tensor, Tensor, Tensor]:
-    """BatchNorm of x (N, C, H, W); the mean and the sum of squared deviations (C,) that it is by, without gradients."""
+    """BatchNorm of x (N, C, H, W), and the mean and 1/std (C,) that it is by, without gradients."""
     seen = []
 
     def run(tape: Tape, x: Tensor, weight: Tensor | None, bias: Tensor | None):
         rows = x.permute(0, 2, 3, 1).reshape(1, -1, x.shape[1])
-        y, mean, squares, rstd = normalise(rows, eps, pool, False)
-        seen.extend((mean, squares))
+        y, mean, rstd = normalise(rows, eps, pool, False)
+        seen.extend((mean, rstd))
         kept, kept_weight, size = tape.keep(y), tape.keep(weight), (len(x), *x.shape[2:], x.shape[1])
 
         def back(grad):
@@ -72,27 +72,32 @@ def batch_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return y, *(statistic.detach().view(-1) for statistic in seen)
 
 
-def normalise(rows: Tensor, eps: float, pool: Pool, own: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def normalise(rows: Tensor, eps: float, pool: Pool, own: bool) -> tuple[Tensor, Tensor, Tensor]:
     """BatchNorm of rows (K, P, C), each of K maps by itself; in place if they are the caller's `own`.
 
-    And the mean, the sum of squared deviations and 1/std that it is by, (K, 1, C) and not in bfloat16.
+    And the mean and 1/std that it is by, (K, 1, C) and not in bfloat16.
     """
     exact = rows if rows.dtype == torch.float64 else rows.float()
     mean = pool.mean(exact.mean(1, keepdim=True))
     centred = torch.sub(exact, mean, out=exact if own else None)
-    squares = pool.sum(dots(centred, centred))
-    rstd = inverse_std(squares, pool.count(rows.shape[1]), eps)
+    rstd = inverse_std(pool.sum(dots(centred, centred)), pool.count(rows.shape[1]), eps)
     y = torch.mul(centred, rstd, out=centred if own else None).to(rows.dtype)
-    return rows.copy_(y) if own and y.dtype != exact.dtype else y, mean, squares, rstd
+    return rows.copy_(y) if own and y.dtype != exact.dtype else y, mean, rstd
 
 
 def inverse_std(squares: Tensor, pixels: int, eps: float) -> Tensor:
     """1/std, with BatchNorm's `eps`, from sums of squared deviations over so many pixels."""
-    return torch.add(_constant(eps, squares.dtype, squares.device), squares, alpha=1 / pixels).rsqrt_()
+    return torch.add(constant(eps, squares.dtype, squares.device), squares, alpha=1 / pixels).rsqrt_()
+
+
+def unbiased_variance(rstd: Tensor, pixels: int, eps: float) -> Tensor:
+    """What a running variance follows, from `inverse_std`."""
+    return (rstd.square().reciprocal_() - eps).clamp_min_(0) * (pixels / (pixels - 1))
 
 
 @lru_cache
-def _constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def constant(value: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of this value, made once: for calls that take tensors only."""
     return torch.full((), value, dtype=dtype, device=device)
 
 
@@ -105,11 +110,10 @@ def centred_back(grad: Tensor, y: Tensor, rstd: Tensor, pool: Pool) -> Tensor:
 def normalise_back(grad: Tensor, y: Tensor, scale: Tensor, pool: Pool) -> tuple[Tensor, Tensor, Tensor]:
     """From the gradient by a y + b, for y = `normalise(x)`, to those by x, a and b; `scale` is a/std."""
     of_b, of_a = grad.sum(1, keepdim=True, dtype=scale.dtype), dots(grad, y).to(scale.dtype)
-    of_g, of_gy = pool.sum(torch.stack([of_b, of_a])) if pool.shared else (of_b, of_a)
-    share = scale / -pool.count(grad.shape[1])
-    shift, slope, scale = (t.to(grad.dtype) for t in (share * of_g, share * of_gy, scale))
-    d_x = torch.addcmul(shift, y, slope)
-    return torch.addcmul(d_x, grad, scale, out=d_x), of_a, of_b
+    sums = pool.sum(torch.stack([of_b, of_a])) if pool.shared else (of_b, of_a)
+    of_g, of_gy, scale = (t.to(grad.dtype) for t in (*sums, scale))
+    through = torch.addcmul(of_g, y, of_gy)
+    return (grad * scale).addcmul_(through, scale, value=-1 / pool.count(grad.shape[1])), of_a, of_b
 
 
 def dots(a: Tensor, b: Tensor) -> Tensor:
@@ -125,11 +129,11 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return super().forward(x)
-        y, mean, squares = batch_norm(x, self.weight, self.bias, self.eps, self.pools[0])
+        y, mean, rstd = batch_norm(x, self.weight, self.bias, self.eps, self.pools[0])
         with torch.no_grad():
             pixels = self.pools[0].count(x.numel() // x.shape[1])
             self.running_mean.lerp_(mean, self.momentum)
-            self.running_var.lerp_(squares / (pixels - 1), self.momentum)
+            self.running_var.lerp_(unbiased_variance(rstd, pixels, self.eps), self.momentum)
             self.num_batches_tracked += 1
         return y
 

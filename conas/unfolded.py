@@ -15,9 +15,9 @@ from conas.fused import Tape
 from conas.synced import Pool, dots, inverse_std
 
 
-def halfway(tape: Tape, z: Tensor, weight: Tensor, sizes: Sequence[int], pool: Pool):
+def halfway(tape: Tape, z: Tensor, weight: Tensor, sizes: Sequence[int], memory: list[Tensor] | None, pool: Pool):
     """As `folded.halfway`; the result is not computed again, and there is no gradient by the weight."""
-    y, shape, pixels, squares, rstd = _product(z, weight, pool)
+    y, shape, pixels, rstd = _product(z, weight, pool)
     kept, scaled = tape.keep(y.mul_(rstd)), weight * rstd.transpose(1, 2)
 
     def back(grads, _parts, memory):
@@ -27,12 +27,12 @@ def halfway(tape: Tape, z: Tensor, weight: Tensor, sizes: Sequence[int], pool: P
         grad.addcmul_(y, pool.sum(dots(grad, y)), value=-1 / pixels).sub_(mean)
         return torch.bmm(grad, scaled, out=y).view(shape), None
 
-    return rectify(y.view(shape), sizes, tape.by_hand, True), squares, lambda: None, back
+    return rectify(y.view(shape), sizes, memory, tape.by_hand, True), rstd, lambda: None, back
 
 
 def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, E: int, pool: Pool):
     """As `folded.mix`, with no gradient by the weight."""
-    y, shape, pixels, squares, rstd = _product(z, weight, pool)
+    y, shape, pixels, rstd = _product(z, weight, pool)
     scale, kept = rstd * p[:, None, None], tape.keep(y)
     parts = zip(y.split(E), scale.split(E))
     if total is None:
@@ -49,13 +49,13 @@ def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, 
             slope = (pool.sum(share) * rstd).unflatten(0, (-1, E))
             d_y = torch.addcmul(grad, y, slope, value=-1 / pixels, out=y)
             d_z = torch.bmm(d_y.flatten(0, 1), weight * scale.transpose(1, 2)).view(shape)
-        return d_z, None, share.sum((1, 2))  # d_p is this process's, what goes to z is of all
+        return d_z, None, share.squeeze(1)  # of this process; what goes to z is of all
 
-    return total, squares, back
+    return total, rstd, back
 
 
 def _product(z: Tensor, weight: Tensor, pool: Pool):
-    """y = W z in rows, ahead of BatchNorm, the shape of z, the number of pixels, the sums of squares, and 1/std."""
+    """y = W z in rows, ahead of BatchNorm, the shape of z, the number of pixels, and 1/std (K, 1, C)."""
     y = torch.bmm(in_rows(z), weight.transpose(1, 2))
-    pixels, squares = pool.count(y.shape[1]), pool.sum(dots(y, y))
-    return y, z.shape, pixels, squares, inverse_std(squares, pixels, EPS)
+    pixels = pool.count(y.shape[1])
+    return y, z.shape, pixels, inverse_std(pool.sum(dots(y, y)), pixels, EPS)

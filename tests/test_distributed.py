@@ -104,10 +104,10 @@ def test_synced_batch_norm_is_the_library_s():
     x, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, 3, 2, 5), (3,), (3,)))
     pool = synced.Pool(4, 4)
     expected = torch.nn.functional.batch_norm(x, None, None, weight, bias, True)
-    found, mean, squares = synced.batch_norm(x, weight, bias, 1e-5, pool)
+    found, mean, rstd = synced.batch_norm(x, weight, bias, 1e-5, pool)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(mean, x.mean((0, 2, 3)))
-    torch.testing.assert_close(squares / 40, x.var((0, 2, 3), correction=0))
+    torch.testing.assert_close(synced.unbiased_variance(rstd, 40, 1e-5), x.var((0, 2, 3)))
     g = torch.randn_like(x)
     for ours, theirs in zip(*(torch.autograd.grad(y, (x, weight, bias), g) for y in (found, expected))):
         torch.testing.assert_close(ours, theirs)
