@@ -26,7 +26,7 @@ SMALL = 2**20  # bytes of a group's map up to which groups are convolved side by
 
 
 def convolve(x: Tensor | Sequence[Tensor], kernels: Sequence[Tensor], shifts: Sequence[Tensor | None],
-             stride: int = 1, dilations: Sequence[int] = ()) -> list[list[Tensor]]:
+             stride: int = 1, dilation: int = 1) -> list[list[Tensor]]:
     """Depthwise convolutions with odd square kernels and "same" padding.
 
     Each kernel (G*C, 1, k, k) serves G groups. x is S states (S, N, H, W, C), each read by G/S groups of every kernel;
@@ -34,8 +34,7 @@ def convolve(x: Tensor | Sequence[Tensor], kernels: Sequence[Tensor], shifts: Se
     parts (groups, N, ceil(H / stride), ceil(W / stride), C); see `join`.
     """
     C, small, outs = x[0].shape[-1], _is_small(x[0], x[0].shape[-4:]), []
-    settings = zip(_inputs(x, kernels, small), kernels, shifts, dilations or [1] * len(kernels))
-    for blocks, kernel, shift, dilation in settings:
+    for blocks, kernel, shift in zip(_inputs(x, kernels, small), kernels, shifts):
         by = [None] * len(blocks) if shift is None else shift.chunk(len(blocks))
         outs.append([_groups_of(_convolution(block, own, stride, dilation, of), C)
                      for block, own, of in zip(blocks, kernel.chunk(len(blocks)), by)])

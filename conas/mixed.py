@@ -42,13 +42,15 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Ten
     pointwise = folded if wanted.weights or not tape.by_hand else unfolded
     total, plain_back = _plain(edges, tape, x, rectified, total, q, weights.own, statistics, wanted)
     if edges.dilations:
-        first, dilated, shift, dilated_shift = _convolved(edges, rectified, next(arranged), weights, pool)
+        means = shifts(rectified, next(arranged), edges.stride, edges.dilations)
     if edges.sep:
-        maps, added, sep_back = _separable(edges, tape, rectified, first, shift, weights, arranged, statistics,
-                                           pointwise)
+        shift = [pool.mean(mean.flatten()) for mean in means[0][:len(edges.sep)]]
+        maps, added, sep_back = _separable(edges, tape, rectified, shift, weights, arranged, statistics, pointwise)
     if edges.dil:
         flipped = [next(arranged) for _ in edges.dil]
-        maps, added = maps + dilated, added + dilated_shift
+        read, dilation = undilated(rectified, edges.stride)
+        shift = [pool.mean(mean.flatten()) for mean in means[-1][:len(edges.dil)]]
+        maps, added = maps + convolve(read, weights.dilated, shift, 1, dilation), added + shift
     if maps:
         z, last = join(list(chain(*maps))).contiguous(), square(weights.last[0])
         sizes = [len(edges.ops[name]) for name in edges.sep + edges.dil]
@@ -78,25 +80,11 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Ten
     return total, back
 
 
-def _convolved(edges, rectified, arranged, weights, pool):
-    """What depthwise convolutions make of the states for sep_conv and dil_conv, by kernel, and what was added to it."""
-    sep, dil = len(edges.sep), len(edges.dil)
-    means = shifts(rectified, arranged, edges.stride, edges.dilations)  # for as many kinds of each as there are at most
-    shift, dilated_shift = ([pool.mean(mean.flatten()) for mean in of[:kinds]]
-                            for of, kinds in ((means[0], sep), (means[-1], dil)))
-    if edges.stride == 1:  # all read the same
-        maps = convolve(rectified, weights.first + weights.dilated, shift + dilated_shift, 1, [1] * sep + [2] * dil)
-        return maps[:sep], maps[sep:], shift, dilated_shift
-    read, dilation = undilated(rectified, edges.stride)
-    return (convolve(rectified, weights.first, shift, edges.stride),
-            convolve(read, weights.dilated, dilated_shift, 1, [dilation] * dil), shift, dilated_shift)
-
-
-def _separable(edges, tape, rectified, maps, shift, weights, arranged, statistics, pointwise):
-    """From the `maps` that the first depthwise convolutions have made, with what was added to them: the same of the
-    second, and `back`, to the gradient by the states."""
+def _separable(edges, tape, rectified, shift, weights, arranged, statistics, pointwise):
+    """The maps of all sep_conv ahead of the last pointwise convolution, what was added to them, and `back`."""
     first, second, weight, stride = weights.first, weights.second, square(weights.halfway[0]), edges.stride
     flipped = [next(arranged) for _ in first] if stride == 1 else first, [next(arranged) for _ in second]
+    maps = convolve(rectified, first, shift, stride)
     z = join(list(chain(*maps))).contiguous()
     sizes, shape, read = [len(edges.ops[name]) for name in edges.sep], z.shape, rectified.shape
     # in one part each, and copied: then these have served

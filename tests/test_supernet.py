@@ -61,7 +61,7 @@ def test_gradients_of_depthwise_convolutions(k, stride, dilation, small, monkeyp
             d_x, d_kernels = depthwise.convolve_back(grad, x.shape, x, kernels, flipped, stride, dilation)
             return d_x, *d_kernels
 
-        parts = depthwise.convolve(x, kernels, [None] * 2, stride, [dilation] * 2)
+        parts = depthwise.convolve(x, kernels, [None] * 2, stride, dilation)
         return depthwise.join(list(chain(*parts))), back
 
     torch.manual_seed(0)
