@@ -50,9 +50,10 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
     their `own`, `shape` is that of all joined, and the gradient by x is a list of theirs by kernel.
     """
     S, N, H, W, C = shape
-    if dilation == 2 and stride == 1 and x is not None and H % 2 == W % 2 == 0 and grad.device.type == "cpu":
+    phased = stride == 1 and dilation == 2 and H % 2 == W % 2 == 0
+    if phased and isinstance(x, Tensor) and x.device.type == "cpu":
         d_x, d_kernels = convolve_back(in_phases(grad), (S, 4 * N, H // 2, W // 2, C), in_phases(x), kernels, flipped,
-                                       1, 1, x_wanted, own)
+                                       x_wanted=x_wanted)
         return None if d_x is None else out_of_phases(d_x.unflatten(1, (N, 2, 2))), d_kernels
     groups, small = [len(kernel) // C for kernel in kernels], _is_small(grad, shape[1:])
     grads, d_x, d_kernels = [_blocks(part, 1, small) for part in grad.split(groups)], None, []
@@ -177,22 +178,21 @@ def _input_parts(blocks, shape, kernels, flipped, stride, dilation):
 
 
 def _weight_gradient(grads, x, kernel, stride, dilation, small):
-    k, kernels, width = kernel.shape[-1], kernel.chunk(len(grads)), stride * (grads[0].shape[3] - 1) + 3
-    times = len(kernel) // x.shape[-1] // len(x)
+    k, kernels, times = kernel.shape[-1], kernel.chunk(len(grads)), len(kernel) // x.shape[-1] // len(x)
     if k <= 3 or dilation > 1 or kernel.device.type != "cpu":
         return join([_gradients(grad, block, own, stride, dilation, dilation * (k // 2), (False, True))[1]
                      for grad, block, own in zip(grads, _blocks(x, times, small), kernels)])
-    border = k // 2
-    blocks = _blocks(pad(x, (0, 0, border, k - 3 + width - border - x.shape[-2], border, border)), times, small)
-    columns, inside = [[] for _ in range(0, k - 2, 2)], None  # s to s+2 of the kernel for s = 0, 2, ...
-    for grad, block, own in zip(grads, blocks, kernels):
-        if block is not inside:  # many edges may read the same
-            inside, parts = block, [block[..., s:s + width] for s in range(0, k - 2, 2)]
-            if times > 1 and not small:
-                parts = [part.contiguous(memory_format=torch.channels_last) for part in parts]
-        for part, column in zip(parts, columns):
-            column.append(_gradients(grad, part, own[..., :3], stride, dilation, 0, (False, True))[1])
-    return torch.cat([join(column)[..., 1 if s else 0:] for s, column in enumerate(columns)], 3)
+    border, width, columns = k // 2, stride * (grads[0].shape[3] - 1) + 3, []
+    right = width - x.shape[-2] - border  # of columns 0 to 2 of the kernel; those from s on begin s columns later
+    if times > 1:  # the border once for all that read the same
+        x = pad(x, (0, 0, border, right + k - 3, border, border))
+    for s in range(0, k - 2, 2):
+        blocks = (_blocks(x[..., s:s + width, :], times, small) if times > 1 else
+                  (pad(block, (border - s, right + s, border, border)) for block in _blocks(x, 1, small)))
+        parts = [_gradients(grad, block, own[..., :3], stride, dilation, 0, (False, True))[1]
+                 for grad, block, own in zip(grads, blocks, kernels)]
+        columns.append(join(parts)[..., 1 if s else 0:])
+    return torch.cat(columns, 3)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:

@@ -72,6 +72,29 @@ def test_gradients_of_depthwise_convolutions(k, stride, dilation, small, monkeyp
                                         check_undefined_grad=False)
 
 
+@pytest.mark.parametrize("small", [depthwise.SMALL, 0])
+@pytest.mark.parametrize("dilation", [1, 2])
+def test_gradients_of_depthwise_convolutions_of_maps_of_their_own(dilation, small, monkeypatch):
+    """Maps as `rectify` leaves them, of kernels of two sizes; with ReLU's gradient."""
+    monkeypatch.setattr(depthwise, "SMALL", small)
+    sizes = [3, 2]
+
+    def run(tape, y, *kernels):
+        parts = depthwise.rectify(y, sizes, None, tape.by_hand, True)
+
+        def back(grad):
+            flipped = [kernel.flip(2, 3) for kernel in kernels]
+            d_parts, d_kernels = depthwise.convolve_back(grad, y.shape, parts, kernels, flipped, 1, dilation, own=True)
+            return depthwise.rectify_back(d_parts, parts, torch.empty_like(y)), *d_kernels
+
+        return depthwise.join(list(chain(*depthwise.convolve(parts, kernels, [None] * 2, 1, dilation)))), back
+
+    torch.manual_seed(0)
+    y = torch.randn(5, 2, 6, 8, 4, dtype=torch.float64, requires_grad=True)
+    kernels = [torch.randn(n * 4, 1, k, k, dtype=torch.float64, requires_grad=True) for n, k in zip(sizes, (3, 5))]
+    assert torch.autograd.gradcheck(partial(by_hand, run), (y, *kernels), fast_mode=True, check_undefined_grad=False)
+
+
 def test_constant_alphas_change_no_gradient_of_the_weights():
     network, _ = pair("cnn_space3")
     x, y = torch.randn(5, 3, 16, 16, dtype=torch.float64), torch.arange(5)
