@@ -184,10 +184,11 @@ def _weight_gradient(grads, x, kernel, stride, dilation, small):
                      for grad, block, own in zip(grads, _blocks(x, times, small), kernels)])
     border, width, columns = k // 2, stride * (grads[0].shape[3] - 1) + 3, []
     right = width - x.shape[-2] - border  # of columns 0 to 2 of the kernel; those from s on begin s columns later
-    if times > 1:  # the border once for all that read the same
+    together = times > 1 or not small
+    if together:  # the border once for all that read the same
         x = pad(x, (0, 0, border, right + k - 3, border, border))
     for s in range(0, k - 2, 2):
-        blocks = (_blocks(x[..., s:s + width, :], times, small) if times > 1 else
+        blocks = (_blocks(x[..., s:s + width, :], times, small) if together else
                   (pad(block, (border - s, right + s, border, border)) for block in _blocks(x, 1, small)))
         parts = [_gradients(grad, block, own[..., :3], stride, dilation, 0, (False, True))[1]
                  for grad, block, own in zip(grads, blocks, kernels)]
