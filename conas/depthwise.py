@@ -14,6 +14,7 @@ Maps of G groups of C channels are (G, N, H, W, C). Small ones are convolved sid
 """
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
+from itertools import chain
 from math import prod
 
 import torch
@@ -31,7 +32,7 @@ def convolve(x: Tensor | Sequence[Tensor], kernels: Sequence[Tensor], shifts: Se
 
     Each kernel (G*C, 1, k, k) serves G groups. x is S states (S, N, H, W, C), each read by G/S groups of every kernel;
     or for each kernel the maps (G, N, H, W, C) of its groups. Returns for every kernel z + shift, of shift (G*C,), in
-    parts (groups, N, ceil(H / stride), ceil(W / stride), C); see `join`.
+    parts (groups, N, ceil(H / stride), ceil(W / stride), C); see `apart`.
     """
     C, small, outs = x[0].shape[-1], _is_small(x[0], x[0].shape[-4:]), []
     for blocks, kernel, shift in zip(_inputs(x, kernels, small), kernels, shifts):
@@ -58,23 +59,28 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
     groups, small = [len(kernel) // C for kernel in kernels], _is_small(grad, shape[1:])
     grads, d_x, d_kernels = [_blocks(part, 1, small) for part in grad.split(groups)], None, []
     if x_wanted:
-        d_x = _input_gradient(grads, shape, kernels, flipped, stride, dilation, own)
+        parts = [_input_parts(*of, shape, stride, dilation) for of in zip(grads, kernels, flipped)]
+        d_x = [join([_groups_of(part, C) for part in of]) for of in parts] if own else _sum(parts, grads, S, C)
     if x is not None:
         inputs = [x] * len(kernels) if isinstance(x, Tensor) else x
         d_kernels = [_weight_gradient(*of, stride, dilation, small) for of in zip(grads, inputs, kernels)]
     return d_x, d_kernels
 
 
-def rectify(y: Tensor, sizes: Sequence[int], memory: Sequence[Tensor] | None, by_hand: bool, kept: bool
-            ) -> list[Tensor]:
-    """relu(y) of maps y (G, N, H, W, C): as many parts as `sizes`, in memory as `convolve` reads them.
+def apart(maps: Sequence[Sequence[Tensor]]) -> Tensor:
+    """All groups of all kernels of what `convolve` returns, (G, N, H, W, C), one after another in memory."""
+    return join(list(chain(*maps))).contiguous()
+
+
+def rectify(y: Tensor, size: int, memory: Sequence[Tensor] | None, by_hand: bool, kept: bool) -> list[Tensor]:
+    """relu(y) of maps y (G, N, H, W, C): parts of `size` groups each, in memory as `convolve` reads them.
 
     By hand, `memory` is overwritten: if given, parts that `convolve` has returned. So is y, unless it is to be `kept`.
     """
     if not by_hand or not _is_small(y, y.shape[1:]):
-        return list((y.relu_() if by_hand and not kept else y.relu()).split(sizes))
-    parts = y.split(sizes)
-    memory = memory or [y.new_empty(*y.shape[1:4], size, y.shape[4]).permute(3, 0, 1, 2, 4) for size in sizes]
+        return list((y.relu_() if by_hand and not kept else y.relu()).split(size))
+    parts = y.split(size)
+    memory = memory or [y.new_empty(*y.shape[1:4], size, y.shape[4]).permute(3, 0, 1, 2, 4) for _ in parts]
     return [torch.clamp_min(part, 0, out=out) for part, out in zip(parts, memory)]
 
 
@@ -145,36 +151,31 @@ def _gradients(grad, x, weight, stride, dilation, padding, wanted):
                                                False, [0, 0], len(weight), [*wanted, False])
 
 
-def _input_gradient(grads, shape, kernels, flipped, stride, dilation, own):
-    (S, *_, C), sums, by_kernel = shape, [], []
-    for blocks, kernel, turned in zip(grads, kernels, flipped):
-        parts = _input_parts(blocks, shape, kernel.chunk(len(blocks)), turned.chunk(len(blocks)), stride, dilation)
-        if own:
-            by_kernel.append(join([_groups_of(part, C) for part in parts]))
-            continue
-        readers = len(blocks) // S or 1  # of the blocks, those that read the same state
-        for i, part in enumerate(parts):
-            if i // readers == len(sums):
-                sums.append(part)
-            else:
-                sums[i // readers] += part
-    if own:
-        return by_kernel
-    if sums[0].shape[1] == C:
-        return join([_groups_of(part, C) for part in sums])
-    d_x = sums[0].permute(0, 2, 3, 1).unflatten(3, (S, -1, C))
-    return (d_x.sum(4) if d_x.shape[4] > 1 else d_x.squeeze(4)).permute(3, 0, 1, 2, 4)
-
-
-def _input_parts(blocks, shape, kernels, flipped, stride, dilation):
+def _input_parts(blocks, kernel, flipped, shape, stride, dilation):
+    """The gradients by what the blocks of one kernel have read."""
     _, N, H, W, _ = shape
-    for grad, kernel, turned in zip(blocks, kernels, flipped):
+    for grad, own, turned in zip(blocks, kernel.chunk(len(blocks)), flipped.chunk(len(blocks))):
         if stride == 1:
             yield _convolution(grad, turned, 1, dilation)
         else:
             x = grad.new_empty(N, H, W, grad.shape[1]).permute(0, 3, 1, 2)  # of which only the shape is read
-            padding = dilation * (kernel.shape[-1] // 2)
-            yield _gradients(grad, x, kernel, stride, dilation, padding, (True, False))[0]
+            yield _gradients(grad, x, own, stride, dilation, dilation * (own.shape[-1] // 2), (True, False))[0]
+
+
+def _sum(parts, grads, S, C):
+    """Of all parts of all kernels, over those that have read the same of S states: (S, N, H, W, C)."""
+    sums = []
+    for of, blocks in zip(parts, grads):
+        readers = len(blocks) // S or 1  # of one state
+        for i, part in enumerate(of):
+            if i // readers == len(sums):
+                sums.append(part)
+            else:
+                sums[i // readers] += part
+    if sums[0].shape[1] == C:
+        return join([_groups_of(part, C) for part in sums])
+    d_x = sums[0].permute(0, 2, 3, 1).unflatten(3, (S, -1, C))
+    return (d_x.sum(4) if d_x.shape[4] > 1 else d_x.squeeze(4)).permute(3, 0, 1, 2, 4)
 
 
 def _weight_gradient(grads, x, kernel, stride, dilation, small):

@@ -49,18 +49,17 @@ class Folded:
         return d_weight, _scaled_product(half.transpose(1, 2), self.weight, -1 / self.pixels), share.squeeze(2)
 
 
-def halfway(tape: Tape, z: Tensor, weight: Tensor, sizes: Sequence[int], memory: list[Tensor] | None, pool: Pool):
-    """relu(BatchNorm(W z)) of z (K, N, H, W, C) of mean zero with weight (K, C, C), by `rectify` in parts of `sizes`.
+def halfway(tape: Tape, z: Tensor, weight: Tensor, size: int, memory: list[Tensor] | None, pool: Pool):
+    """relu(BatchNorm(W z)) of z (K, N, H, W, C) of mean zero with weight (K, C, C), by `rectify` in parts of `size`.
 
-    Also 1/std of W z, (K, C, 1); what computes the result again, so that it need not be kept; and `back`,
-    which takes the gradients by the parts, these, and memory for a map like z, and returns the gradients by z and
-    weight.
+    Also 1/std of W z, (K, C, 1); what computes the result again, so that it need not be kept; and `back`, which takes
+    the gradients by the parts, these, and memory for maps like z, and returns the gradients by z and weight.
     """
     folded, kept, shape = Folded(in_rows(z), weight, None, pool), tape.keep(z), z.shape
 
     def result(z, memory):
         y = torch.bmm(in_rows(z), folded.scaled.transpose(1, 2)).view(shape)
-        return rectify(y, sizes, memory, tape.by_hand, False)
+        return rectify(y, size, memory, tape.by_hand, False)
 
     def back(grads, parts, memory):
         z, grad = in_rows(kept()), in_rows(rectify_back(grads, parts, memory))

@@ -6,7 +6,6 @@ of BatchNorm. So a constant in a state's gradient has no effect, and once it has
 a BatchNorm into that state is free of it.
 """
 from collections.abc import Iterator
-from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from conas import folded, unfolded
-from conas.depthwise import convolve, convolve_back, join, own_shift, shifts
+from conas.depthwise import apart, convolve, convolve_back, own_shift, shifts
 from conas.edges import MixedEdges, Packs, images, pooled, square, states
 from conas.folded import EPS, in_rows
 from conas.fused import Tape
@@ -52,8 +51,7 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Ten
         shift = [pool.mean(mean.flatten()) for mean in means[-1][:len(edges.dil)]]
         maps, added = maps + convolve(read, weights.dilated, shift, 1, dilation), added + shift
     if maps:
-        z, last = join(list(chain(*maps))).contiguous(), square(weights.last[0])
-        sizes = [len(edges.ops[name]) for name in edges.sep + edges.dil]
+        z, last = apart(maps), square(weights.last[0])
         total, rstd, mix_back = pointwise.mix(tape, total, z, last, p, edges.E, pool)
         statistics.add_folded(edges.layers(edges.sep + edges.dil, -1), added, last, rstd, _pixels(z))
 
@@ -62,7 +60,7 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Ten
         if edges.dilations:
             d_z, d_last, d_p = mix_back(grad, z_wanted)
             d.last.append(_unsquare(d_last))
-            separable = sum(sizes[:len(edges.sep)])
+            separable = len(edges.sep) * edges.S * edges.E
         if edges.sep and z_wanted:
             d_rectified = sep_back(d_z[:separable], rectified, d, wanted)
         if edges.dil and z_wanted:
@@ -85,17 +83,17 @@ def _separable(edges, tape, rectified, shift, weights, arranged, statistics, poi
     first, second, weight, stride = weights.first, weights.second, square(weights.halfway[0]), edges.stride
     flipped = [next(arranged) for _ in first] if stride == 1 else first, [next(arranged) for _ in second]
     maps = convolve(rectified, first, shift, stride)
-    z = join(list(chain(*maps))).contiguous()
-    sizes, shape, read = [len(edges.ops[name]) for name in edges.sep], z.shape, rectified.shape
+    z, read = apart(maps), rectified.shape
     # in one part each, and copied: then these have served
     memory = [parts[0] for parts in maps] if all(len(of) == 1 and of[0] is not z for of in maps) else None
-    parts, rstd, again, halfway_back = pointwise.halfway(tape, z, weight, sizes, memory, statistics.pool)
+    parts, rstd, again, halfway_back = pointwise.halfway(tape, z, weight, edges.S * edges.E, memory, statistics.pool)
     statistics.add_folded(edges.layers(edges.sep, 3), shift, weight, rstd, _pixels(z))
     shift = [statistics.pool.mean(own_shift(part, kernel)) for part, kernel in zip(parts, second)]
 
     def back(d_z, rectified, d, wanted):
         parts = again()
-        d_parts, d_second = convolve_back(d_z, shape, parts if wanted.weights else None, second, flipped[1], own=True)
+        inputs = parts if wanted.weights else None
+        d_parts, d_second = convolve_back(d_z, d_z.shape, inputs, second, flipped[1], own=True)
         d_z, d_halfway = halfway_back(d_parts, parts, d_z)
         d_x, d_first = convolve_back(d_z, read, rectified if wanted.weights else None, first, flipped[0], stride, 1,
                                      wanted.x)

@@ -4,8 +4,6 @@ Then nothing needs z but y = W z, which is kept in its place. With y, BatchNorm'
 gradient takes one matrix product in place of three; the covariances and products of `conas/folded.py` would serve the
 gradient by W. The functions stand in for those there.
 """
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -15,25 +13,25 @@ from conas.fused import Tape
 from conas.synced import Pool, dots, inverse_std
 
 
-def halfway(tape: Tape, z: Tensor, weight: Tensor, sizes: Sequence[int], memory: list[Tensor] | None, pool: Pool):
+def halfway(tape: Tape, z: Tensor, weight: Tensor, size: int, memory: list[Tensor] | None, pool: Pool):
     """As `folded.halfway`; the result is not computed again, and there is no gradient by the weight."""
-    y, shape, pixels, rstd = _product(z, weight, pool)
-    kept, scaled = tape.keep(y.mul_(rstd)), weight * rstd.transpose(1, 2)
+    y, pixels, rstd = _product(z, weight, pool)
+    kept, scaled, shape = tape.keep(y.mul_(rstd)), weight * rstd.transpose(1, 2), z.shape
 
     def back(grads, _parts, memory):
         y = kept()
-        grad = in_rows(rectify_back(grads, y.view(shape).split(sizes), memory))
+        grad = in_rows(rectify_back(grads, y.view(shape).split(size), memory))
         mean = pool.mean(grad.mean(1, keepdim=True))
         grad.addcmul_(y, pool.sum(dots(grad, y)), value=-1 / pixels).sub_(mean)
         return torch.bmm(grad, scaled, out=y).view(shape), None
 
-    return rectify(y.view(shape), sizes, memory, tape.by_hand, True), rstd, lambda: None, back
+    return rectify(y.view(shape), size, memory, tape.by_hand, True), rstd, lambda: None, back
 
 
 def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, E: int, pool: Pool):
     """As `folded.mix`, with no gradient by the weight."""
-    y, shape, pixels, rstd = _product(z, weight, pool)
-    scale, kept = rstd * p[:, None, None], tape.keep(y)
+    y, pixels, rstd = _product(z, weight, pool)
+    scale, kept, shape = rstd * p[:, None, None], tape.keep(y), z.shape
     parts = zip(y.split(E), scale.split(E))
     if total is None:
         first, by = next(parts)
@@ -55,7 +53,7 @@ def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, 
 
 
 def _product(z: Tensor, weight: Tensor, pool: Pool):
-    """y = W z in rows, ahead of BatchNorm, the shape of z, the number of pixels, and 1/std (K, 1, C)."""
+    """y = W z in rows, ahead of BatchNorm, the number of pixels, and 1/std (K, 1, C)."""
     y = torch.bmm(in_rows(z), weight.transpose(1, 2))
     pixels = pool.count(y.shape[1])
-    return y, z.shape, pixels, inverse_std(pool.sum(dots(y, y)), pixels, EPS)
+    return y, pixels, inverse_std(pool.sum(dots(y, y)), pixels, EPS)

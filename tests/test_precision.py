@@ -41,11 +41,10 @@ def errors(batches: int) -> dict[str, torch.Tensor]:
 def test_float32_is_as_near_to_float64_as_the_textbook():
     """Both in rounding and in how often that crosses a kink of ReLU or max pooling, which costs a thousand times more.
 
-    The mean hangs on these few: a dozen batches are enough to count them, but not for a mean. Of rounding alone it is
-    1.4 times the textbook's over many batches: half a bit.
+    The mean hangs on these few: a dozen batches are enough to count them, but not for a mean.
     """
     found = errors(12)
-    assert found["ours"].median() <= 2 * found["textbook"].median(), found
+    assert found["ours"].median() <= 1.5 * found["textbook"].median(), found
     assert (found["ours"] > KINK).sum() <= (found["textbook"] > KINK).sum() + 5, found
 
 

@@ -2,7 +2,6 @@
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
-from itertools import chain
 
 import pytest
 import torch
@@ -61,8 +60,7 @@ def test_gradients_of_depthwise_convolutions(k, stride, dilation, small, monkeyp
             d_x, d_kernels = depthwise.convolve_back(grad, x.shape, x, kernels, flipped, stride, dilation)
             return d_x, *d_kernels
 
-        parts = depthwise.convolve(x, kernels, [None] * 2, stride, dilation)
-        return depthwise.join(list(chain(*parts))), back
+        return depthwise.apart(depthwise.convolve(x, kernels, [None] * 2, stride, dilation)), back
 
     torch.manual_seed(0)
     for states, kinds, groups in (1, 1, 1), (2, 2, 8), (2, 1, 2), (1, 2, 3):
@@ -77,21 +75,19 @@ def test_gradients_of_depthwise_convolutions(k, stride, dilation, small, monkeyp
 def test_gradients_of_depthwise_convolutions_of_maps_of_their_own(dilation, small, monkeypatch):
     """Maps as `rectify` leaves them, of kernels of two sizes; with ReLU's gradient."""
     monkeypatch.setattr(depthwise, "SMALL", small)
-    sizes = [3, 2]
-
     def run(tape, y, *kernels):
-        parts = depthwise.rectify(y, sizes, None, tape.by_hand, True)
+        parts = depthwise.rectify(y, 3, None, tape.by_hand, True)
 
         def back(grad):
             flipped = [kernel.flip(2, 3) for kernel in kernels]
             d_parts, d_kernels = depthwise.convolve_back(grad, y.shape, parts, kernels, flipped, 1, dilation, own=True)
             return depthwise.rectify_back(d_parts, parts, torch.empty_like(y)), *d_kernels
 
-        return depthwise.join(list(chain(*depthwise.convolve(parts, kernels, [None] * 2, 1, dilation)))), back
+        return depthwise.apart(depthwise.convolve(parts, kernels, [None] * 2, 1, dilation)), back
 
     torch.manual_seed(0)
-    y = torch.randn(5, 2, 6, 8, 4, dtype=torch.float64, requires_grad=True)
-    kernels = [torch.randn(n * 4, 1, k, k, dtype=torch.float64, requires_grad=True) for n, k in zip(sizes, (3, 5))]
+    y = torch.randn(6, 2, 6, 8, 4, dtype=torch.float64, requires_grad=True)
+    kernels = [torch.randn(3 * 4, 1, k, k, dtype=torch.float64, requires_grad=True) for k in (3, 5)]
     assert torch.autograd.gradcheck(partial(by_hand, run), (y, *kernels), fast_mode=True, check_undefined_grad=False)
 
 
