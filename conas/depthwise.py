@@ -26,19 +26,26 @@ from conas.fused import Tape, by_hand
 SMALL = 2**20  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
 
 
-def convolve(x: Tensor | Sequence[Tensor], kernels: Sequence[Tensor], shifts: Sequence[Tensor | None],
+def side_by_side(x: Tensor, times: int = 1) -> list[Tensor]:
+    """What `convolve` reads of S states x (S, N, H, W, C), each for as many groups as `times`.
+
+    One by one, (N, C, H, W), or if they are small in one block (N, S*times*C, H, W); channels last.
+    """
+    return _blocks(x, times, _is_small(x, x.shape[1:]))
+
+
+def convolve(blocks: Sequence[Sequence[Tensor]], kernels: Sequence[Tensor], shifts: Sequence[Tensor | None], C: int,
              stride: int = 1, dilation: int = 1) -> list[list[Tensor]]:
     """Depthwise convolutions with odd square kernels and "same" padding.
 
-    Each kernel (G*C, 1, k, k) serves G groups. x is S states (S, N, H, W, C), each read by G/S groups of every kernel;
-    or for each kernel the maps (G, N, H, W, C) of its groups. Returns for every kernel z + shift, of shift (G*C,), in
-    parts (groups, N, ceil(H / stride), ceil(W / stride), C); see `apart`.
+    Each kernel (G*C, 1, k, k) serves G groups, and reads `blocks` as `side_by_side` makes them. Returns for every one
+    z + shift, of shift (G*C,), in parts (groups, N, ceil(H / stride), ceil(W / stride), C); see `apart`.
     """
-    C, small, outs = x[0].shape[-1], _is_small(x[0], x[0].shape[-4:]), []
-    for blocks, kernel, shift in zip(_inputs(x, kernels, small), kernels, shifts):
-        by = [None] * len(blocks) if shift is None else shift.chunk(len(blocks))
+    outs = []
+    for inputs, kernel, shift in zip(blocks, kernels, shifts):
+        by = [None] * len(inputs) if shift is None else shift.chunk(len(inputs))
         outs.append([_groups_of(_convolution(block, own, stride, dilation, of), C)
-                     for block, own, of in zip(blocks, kernel.chunk(len(blocks)), by)])
+                     for block, own, of in zip(inputs, kernel.chunk(len(inputs)), by)])
     return outs
 
 
@@ -48,7 +55,8 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
     """The gradients of `convolve` by x, of this shape, and by the kernels: by none if x is not given.
 
     `grad` is that by all parts joined, `flipped` are the kernels with rows and columns reversed. If groups have maps of
-    their `own`, `shape` is that of all joined, and the gradient by x is a list of theirs by kernel.
+    their `own`, which only plain ones do, `shape` is that of all joined, x has them by kernel, `bordered`, and the
+    gradient by x is such a list.
     """
     S, N, H, W, C = shape
     phased = stride == 1 and dilation == 2 and H % 2 == W % 2 == 0
@@ -63,7 +71,7 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
         d_x = [join([_groups_of(part, C) for part in of]) for of in parts] if own else _sum(parts, grads, S, C)
     if x is not None:
         inputs = [x] * len(kernels) if isinstance(x, Tensor) else x
-        d_kernels = [_weight_gradient(*of, stride, dilation, small) for of in zip(grads, inputs, kernels)]
+        d_kernels = [_weight_gradient(*of, stride, dilation, small, own) for of in zip(grads, inputs, kernels)]
     return d_x, d_kernels
 
 
@@ -75,19 +83,38 @@ def apart(maps: Sequence[Sequence[Tensor]]) -> Tensor:
 def rectify(y: Tensor, size: int, memory: Sequence[Tensor] | None, by_hand: bool, kept: bool) -> list[Tensor]:
     """relu(y) of maps y (G, N, H, W, C): parts of `size` groups each, in memory as `convolve` reads them.
 
-    By hand, `memory` is overwritten: if given, parts that `convolve` has returned. So is y, unless it is to be `kept`.
+    By hand, `memory` is overwritten: if given, parts that `convolve` has returned, or the `inside` of `bordered` ones.
+    So is y, unless it is to be `kept`.
     """
-    if not by_hand or not _is_small(y, y.shape[1:]):
+    if not by_hand or (memory is None and not _is_small(y, y.shape[1:])):
         return list((y.relu_() if by_hand and not kept else y.relu()).split(size))
     parts = y.split(size)
     memory = memory or [y.new_empty(*y.shape[1:4], size, y.shape[4]).permute(3, 0, 1, 2, 4) for _ in parts]
     return [torch.clamp_min(part, 0, out=out) for part, out in zip(parts, memory)]
 
 
+def bordered(like: Tensor, size: int, kernel: Tensor) -> Tensor:
+    """Memory for `size` groups of maps like these (..., N, H, W, C), as the gradient of their kernel reads them: for
+    wide kernels with a border of zeros. See `inside`.
+    """
+    *_, N, H, W, C = like.shape
+    border = 2 * _border(kernel)
+    new = like.new_zeros if border else like.new_empty
+    if _is_small(like, like.shape[-4:]):
+        return new(N, H + border, W + border, size, C).permute(3, 0, 1, 2, 4)
+    return new(size, N, H + border, W + border, C)
+
+
+def inside(maps: Tensor, kernel: Tensor) -> Tensor:
+    """The view of `bordered` maps without their border."""
+    border = _border(kernel)
+    return maps[:, :, border:-border, border:-border] if border else maps
+
+
 def rectify_back(grads: Sequence[Tensor], parts: Sequence[Tensor], out: Tensor) -> Tensor:
     """Into `out` (G, N, H, W, C), from the gradients by the parts of relu(y) to that by y; parts of y serve as well."""
     for grad, part, of in zip(grads, parts, out.split([len(grad) for grad in grads])):
-        torch.ops.aten.threshold_backward(grad, part, 0, grad_input=of)
+        torch.ops.aten.threshold_backward.grad_input(grad, part, 0, grad_input=of)
     return out
 
 
@@ -116,24 +143,16 @@ def _is_small(like: Tensor, shape: Sequence[int]) -> bool:
     return like.device.type != "cpu" or exporting or prod(shape) * like.element_size() <= SMALL
 
 
-def _inputs(x: Tensor | Sequence[Tensor], kernels: Sequence[Tensor], small: bool) -> list[list[Tensor]]:
-    """The `_blocks` that each kernel reads."""
-    if not isinstance(x, Tensor):
-        return [_blocks(maps, 1, small) for maps in x]
-    times = [len(kernel) // x.shape[-1] // len(x) for kernel in kernels]
-    blocks = {n: _blocks(x, n, small) for n in set(times)}  # kernels of several sizes read the same
-    return [blocks[n] for n in times]
-
-
 def _blocks(x: Tensor, times: int, small: bool) -> list[Tensor]:
-    """States (S, N, H, W, C), or in phases, each as often as `times`: one by one, (N, C, H, W), or if they are small
-    side by side in one block (N, S*times*C, H, W); channels last."""
+    """As `side_by_side`, also of states in phases."""
     S, *images, H, W, C = x.shape
     N = prod(images)
     if not small:
         maps = x.reshape(S, N, H, W, C).contiguous().permute(0, 1, 4, 2, 3).unbind()
         return [m for m in maps for _ in range(times)]
-    x = x.movedim(0, -2).unsqueeze(-2).expand(*images, H, W, S, times, C)
+    x = x.movedim(0, -2)
+    if times > 1:
+        x = x.unsqueeze(-2).expand(*images, H, W, S, times, C)
     return [x.reshape(N, H, W, S * times * C).permute(0, 3, 1, 2)]
 
 
@@ -178,21 +197,24 @@ def _sum(parts, grads, S, C):
     return (d_x.sum(4) if d_x.shape[4] > 1 else d_x.squeeze(4)).permute(3, 0, 1, 2, 4)
 
 
-def _weight_gradient(grads, x, kernel, stride, dilation, small):
-    k, kernels, times = kernel.shape[-1], kernel.chunk(len(grads)), len(kernel) // x.shape[-1] // len(x)
-    if k <= 3 or dilation > 1 or kernel.device.type != "cpu":
-        return join([_gradients(grad, block, own, stride, dilation, dilation * (k // 2), (False, True))[1]
-                     for grad, block, own in zip(grads, _blocks(x, times, small), kernels)])
-    border, width, columns = k // 2, stride * (grads[0].shape[3] - 1) + 3, []
-    right = width - x.shape[-2] - border  # of columns 0 to 2 of the kernel; those from s on begin s columns later
-    together = times > 1 or not small
-    if together:  # the border once for all that read the same
-        x = pad(x, (0, 0, border, right + k - 3, border, border))
-    for s in range(0, k - 2, 2):
-        blocks = (_blocks(x[..., s:s + width, :], times, small) if together else
-                  (pad(block, (border - s, right + s, border, border)) for block in _blocks(x, 1, small)))
-        parts = [_gradients(grad, block, own[..., :3], stride, dilation, 0, (False, True))[1]
-                 for grad, block, own in zip(grads, blocks, kernels)]
+def _border(kernel: Tensor) -> int:
+    """How wide a border its gradient needs, since it is put together from those of three columns each."""
+    return kernel.shape[-1] // 2 if kernel.shape[-1] > 3 and kernel.device.type == "cpu" else 0
+
+
+def _weight_gradient(grads, x, kernel, stride, dilation, small, own):
+    k, kernels, times, border = kernel.shape[-1], kernel.chunk(len(grads)), len(kernel) // x.shape[-1] // len(x), 0
+    if dilation == 1:
+        border = _border(kernel)
+    if not border:
+        return join([_gradients(grad, block, by, stride, dilation, dilation * (k // 2), (False, True))[1]
+                     for grad, block, by in zip(grads, _blocks(x, times, small), kernels)])
+    width, columns = stride * (grads[0].shape[3] - 1) + 3, []  # of what columns 0 to 2 of the kernel read
+    if not own:
+        x = pad(x, (0, 0, border, width + k - 3 - x.shape[-2] - border, border, border))
+    for s in range(0, k - 2, 2):  # columns from s on begin s columns later
+        parts = [_gradients(grad, block, by[..., :3], stride, dilation, 0, (False, True))[1]
+                 for grad, block, by in zip(grads, _blocks(x[..., s:s + width, :], times, small), kernels)]
         columns.append(join(parts)[..., 1 if s else 0:])
     return torch.cat(columns, 3)
 

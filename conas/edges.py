@@ -54,7 +54,7 @@ class MixedEdges:
         self.dilations = [1] * bool(self.sep) + [2] * bool(self.dil)
         own = self.S * self.E * len(self.own)
         self.shapes = [((len(self.sep) + len(self.dil)) * self.S * self.E,),  # of p and q, see `shares`
-                       (self.E, self.S * len(self.pools + self.skip) + own)]
+                       (self.E, self.S * len(self.skip + self.pools) + own)]
 
     def layers(self, names: Sequence[str], i: int) -> list[nn.Module]:
         """Layer i of these operations, for every operation on all edges."""
@@ -102,7 +102,7 @@ class MixedEdges:
     def shares(self, probabilities: Tensor) -> tuple[Tensor, Tensor]:
         """p (kinds*S*E,) and q (E, M) of equation 2, from the edges' probabilities (S*E, P), or from their places.
 
-        p weighs convolutions, in the order of `sep` and `dil`; q the maps of `pools`, `skip` and `own`, and has zeros
+        p weighs convolutions, in the order of `sep` and `dil`; q the maps of `skip`, `pools` and `own`, and has zeros
         where a map is of another edge.
         """
         column = dict(zip(self.primitives, probabilities.unbind(1)))
@@ -111,7 +111,7 @@ class MixedEdges:
         # a map that all edges out of a state share has one column for each state, one of its own for each edge
         q = [column[name].view(self.S, self.E).t() if name not in self.own else
              torch.diag_embed(column[name].view(self.S, self.E)).transpose(0, 1).flatten(1)
-             for name in self.pools + self.skip + self.own]
+             for name in self.skip + self.pools + self.own]
         return torch.cat(convolutions), torch.cat(q or [nothing], 1)
 
     def pool_norms(self) -> list[nn.BatchNorm2d]:
@@ -130,6 +130,27 @@ class MixedEdges:
                 y = conv2d(y, second, None, (self.stride, 1), (3, 0), 1, edges).permute(0, 2, 3, 1)
             maps.append(statistics.normalise(y, norms).unflatten(3, (edges, -1)).permute(3, 0, 1, 2, 4))
         return maps
+
+
+class Room(NamedTuple):
+    """Memory for what belongs together, so that products take it as one: for passes with gradients by hand."""
+
+    maps: Tensor            # (S*(2 + P), N, H, W, C): S states, P pools, their ReLU; P is 0 if pools are smaller
+    sums: Tensor            # (E, N, H', W', C): the nodes
+    indices: Tensor | None  # (S, N, H', W', C): of max pooling, if there is room for pools
+
+    @classmethod
+    def of_cell(cls, mixed: Sequence[MixedEdges], like: Tensor) -> "list[Room]":
+        """For each of a cell's `mixed` edges, for inputs (N, H, W, C) like this; behind a node are its pools."""
+        S, E, stride = mixed[0].S, mixed[0].E, mixed[0].stride
+        N, H, W, C = like.shape
+        size, pools, first = (N, -(-H // stride), -(-W // stride), C), len(mixed[0].pools), S if stride == 1 else 0
+        inputs, step = like.new_empty(S * 2 + first * pools, *like.shape), 2 + pools
+        nodes = like.new_empty((E - 1) * step + 1, *size)
+        sums, indices = nodes[::step], [None] * E
+        if "max_pool_3x3" in mixed[0].pools:
+            indices = like.new_empty(first + E - 1, *size, dtype=torch.int64).split([first] + [1] * (E - 1))
+        return [cls(inputs if n == 0 else nodes[(n - 1) * step:n * step], sums[n:], indices[n]) for n in range(E)]
 
 
 def pooled(name: str, x: Tensor, stride: int) -> Tensor:

@@ -35,25 +35,30 @@ class Folded:
     def __init__(self, z: Tensor, weight: Tensor, p: Tensor | None, pool: Pool):
         self.weight, self.pixels, self.pool = weight, pool.count(z.shape[1]), pool
         self.spread = _scaled_product(weight, pool.sum(_products([(z, z)])), 1 / self.pixels)  # W covariance
-        self.rstd = row_dots(self.spread, weight, constant(EPS, z.dtype, z.device)).rsqrt_()
+        self.variance = row_dots(self.spread, weight, constant(EPS, z.dtype, z.device))
+        self.rstd = self.variance.rsqrt()
         self.scale = self.rstd if p is None else self.rstd * p[:, None, None]
         self.scaled = self.scale * weight
 
-    def back(self, d_scaled: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """From the gradient by `scaled`: that by the weight; the matrix (K, C, C) for which z matrix is the gradient by
-        z that comes through its covariance; and (K, C), whose sum over channels is the gradient by p."""
-        share = row_dots(d_scaled, self.weight).mul_(self.rstd)
-        through = share * (self.rstd * self.scale)  # -2 d_variance
+    def back(self, d_scaled: Tensor) -> tuple[Tensor, Tensor]:
+        """From the gradient by `scaled`: that by the weight, and the matrix (K, C, C) for which z matrix is the
+        gradient by z that comes through its covariance."""
+        through = row_dots(d_scaled, self.scaled).div_(self.variance)  # -2 d_variance
         d_weight = (d_scaled * self.scale).addcmul_(self.spread, through, value=-1)
         half = self.pool.sum(through) * self.weight
-        return d_weight, _scaled_product(half.transpose(1, 2), self.weight, -1 / self.pixels), share.squeeze(2)
+        return d_weight, _scaled_product(half.transpose(1, 2), self.weight, -1 / self.pixels)
+
+    def p_back(self, d_scaled: Tensor) -> Tensor:
+        """(K, C), whose sum over channels is the gradient by p."""
+        return row_dots(d_scaled, self.weight).mul_(self.rstd).squeeze(2)
 
 
 def halfway(tape: Tape, z: Tensor, weight: Tensor, size: int, memory: list[Tensor] | None, pool: Pool):
     """relu(BatchNorm(W z)) of z (K, N, H, W, C) of mean zero with weight (K, C, C), by `rectify` in parts of `size`.
 
-    Also 1/std of W z, (K, C, 1); what computes the result again, so that it need not be kept; and `back`, which takes
-    the gradients by the parts, these, and memory for maps like z, and returns the gradients by z and weight.
+    Also 1/std of W z, (K, C, 1); what computes the result again into such `memory`, so that it need not be kept; and
+    `back`, which takes the gradients by the parts, these, and memory for maps like z, and returns the gradients by z
+    and weight.
     """
     folded, kept, shape = Folded(in_rows(z), weight, None, pool), tape.keep(z), z.shape
 
@@ -64,10 +69,10 @@ def halfway(tape: Tape, z: Tensor, weight: Tensor, size: int, memory: list[Tenso
     def back(grads, parts, memory):
         z, grad = in_rows(kept()), in_rows(rectify_back(grads, parts, memory))
         grad -= pool.mean(grad.mean(1, keepdim=True))  # z is centred, so its gradient is
-        d_weight, matrix, _ = folded.back(_products([(grad, z)]))
+        d_weight, matrix = folded.back(_products([(grad, z)]))
         return torch.bmm(z, matrix).baddbmm_(grad, folded.scaled).view(shape), d_weight
 
-    return result(z, memory), folded.rstd, lambda: result(kept(), None), back
+    return result(z, memory), folded.rstd, lambda memory: result(kept(), memory), back
 
 
 def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, E: int, pool: Pool):
@@ -75,8 +80,8 @@ def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, 
     groups; group k is of edge k % E.
 
     z (K, N, H, W, C) have mean zero; weight (K, C, C), p (K,). By hand the sum stays in its memory. Returns it, 1/std
-    of W z (K, C, 1), and `back`: from the gradient by the sum, which must have mean zero, and whether that by z is
-    wanted, to this, that by the weight, and (K, C), whose sum over channels is that by p.
+    of W z (K, C, 1), and `back`: from the gradient by the sum, which must have mean zero, and what is `Wanted`, to the
+    gradients by z and weight, and (K, C), whose sum over channels is that by p.
     """
     folded, kept, shape = Folded(in_rows(z), weight, p, pool), tape.keep(z), z.shape
     total = None if total is None else in_rows(total)
@@ -84,9 +89,11 @@ def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, 
         total = (torch.bmm(part, by) if total is None else total.baddbmm_(part, by) if tape.by_hand else
                  torch.baddbmm(total, part, by))
 
-    def back(grad, _z_wanted):
+    def back(grad, wanted):
         grad, z = in_rows(grad), in_rows(kept())
-        d_weight, matrix, d_p = folded.back(_products([(grad, part) for part in z.split(E)]))
+        d_scaled = _products([(grad, part) for part in z.split(E)])
+        d_p = folded.p_back(d_scaled) if wanted.alphas else None
+        d_weight, matrix = folded.back(d_scaled)
         d_z = torch.bmm(z, matrix)
         for part, by in zip(d_z.split(E), folded.scaled.split(E)):
             part.baddbmm_(grad, by)

@@ -13,12 +13,15 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from conas import folded, unfolded
-from conas.depthwise import apart, convolve, convolve_back, own_shift, shifts
-from conas.edges import MixedEdges, Packs, images, pooled, square, states
+from conas.depthwise import apart, bordered, convolve, convolve_back, inside, own_shift, shifts, side_by_side
+from conas.edges import MixedEdges, Packs, Room, images, pooled, square, states
 from conas.folded import EPS, in_rows
 from conas.fused import Tape
 from conas.statistics import Statistics
-from conas.synced import centred_back, normalise
+from conas.synced import centred_back, constant, normalise
+
+aten = torch.ops.aten
+threshold_backward = aten.threshold_backward.grad_input
 
 
 class Wanted(NamedTuple):
@@ -29,41 +32,47 @@ class Wanted(NamedTuple):
     weights: bool
 
 
-def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Tensor | None, q: Tensor,
-          weights: Packs, arranged: Iterator[Tensor], statistics: Statistics, wanted: Wanted):
+def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Tensor | None, q: Tensor, weights: Packs,
+          arranged: Iterator[Tensor], room: Room | None, statistics: Statistics, wanted: Wanted):
     """What the states x (S, N, H, W, C) contribute to the E nodes (E, N, H', W', C), added to `total` if that is given.
 
     Returns this and `back`: from the gradient by it, of mean zero, and what to add the gradient by x to, in place, to
-    those by x, p, q, and the weights. Takes its own of `arranged`, see `MixedEdges.arrangements`.
+    those by x, p, q, and the weights. Takes its own of `arranged`, see `MixedEdges.arrangements`. By hand, x and
+    `total` are in the `room`.
     """
-    pool, rectified, maps, added = statistics.pool, x.relu(), [], []
-    kept, z_wanted = tape.keep(rectified), wanted.x or wanted.weights
-    pointwise = folded if wanted.weights or not tape.by_hand else unfolded
-    total, plain_back = _plain(edges, tape, x, rectified, total, q, weights.own, statistics, wanted)
+    pool, S, maps, added = statistics.pool, edges.S, [], []
+    rectified = torch.clamp_min(x, 0, out=room.maps[-S:]) if tape.by_hand else x.relu()
+    kept, pointwise = tape.keep(room and room.maps), folded if wanted.weights or not tape.by_hand else unfolded
+    total, plain_back = _plain(edges, tape, x, rectified, total, q, weights.own, room, statistics, wanted)
     if edges.dilations:
         means = shifts(rectified, next(arranged), edges.stride, edges.dilations)
+        blocks = side_by_side(rectified, edges.E)
     if edges.sep:
         shift = [pool.mean(mean.flatten()) for mean in means[0][:len(edges.sep)]]
-        maps, added, sep_back = _separable(edges, tape, rectified, shift, weights, arranged, statistics, pointwise)
+        maps, added, sep_back = _separable(edges, tape, rectified.shape, blocks, shift, weights, arranged, statistics,
+                                           pointwise)
     if edges.dil:
         flipped = [next(arranged) for _ in edges.dil]
         read, dilation = undilated(rectified, edges.stride)
         shift = [pool.mean(mean.flatten()) for mean in means[-1][:len(edges.dil)]]
-        maps, added = maps + convolve(read, weights.dilated, shift, 1, dilation), added + shift
+        blocks = blocks if read is rectified else side_by_side(read, edges.E)
+        maps += convolve([blocks] * len(shift), weights.dilated, shift, x.shape[-1], 1, dilation)
+        added = added + shift
     if maps:
         z, last = apart(maps), square(weights.last[0])
         total, rstd, mix_back = pointwise.mix(tape, total, z, last, p, edges.E, pool)
         statistics.add_folded(edges.layers(edges.sep + edges.dil, -1), added, last, rstd, _pixels(z))
 
     def back(grad: Tensor, d_x: Tensor | None):
-        rectified, d, d_p, d_rectified = kept(), Packs(*([] for _ in Packs._fields)), None, None
+        maps, d, d_p, d_rectified = kept(), Packs(*([] for _ in Packs._fields)), None, None
+        rectified = maps[-S:]
         if edges.dilations:
-            d_z, d_last, d_p = mix_back(grad, z_wanted)
+            d_z, d_last, d_p = mix_back(grad, wanted)
             d.last.append(_unsquare(d_last))
-            separable = len(edges.sep) * edges.S * edges.E
-        if edges.sep and z_wanted:
+            separable = len(edges.sep) * S * edges.E
+        if edges.sep and (wanted.x or wanted.weights):
             d_rectified = sep_back(d_z[:separable], rectified, d, wanted)
-        if edges.dil and z_wanted:
+        if edges.dil and (wanted.x or wanted.weights):
             read, dilation = undilated(rectified, edges.stride)
             part, d_kernels = convolve_back(d_z[separable:], read.shape, read if wanted.weights else None,
                                             weights.dilated, flipped, 1, dilation, wanted.x)
@@ -71,19 +80,19 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Ten
             if wanted.x:
                 d_rectified = rectified.new_zeros(rectified.shape) if d_rectified is None else d_rectified
                 undilated(d_rectified, edges.stride)[0].add_(part)
-        d_x, d_q = plain_back(grad, d_x, d_rectified, rectified, d)
+        d_x, d_q = plain_back(grad, d_x, d_rectified, maps, d)
         packs = zip(d, weights)
         return d_x, d_p, d_q, [gradient for ours, pack in packs for gradient in ours or [None] * len(pack)]
 
     return total, back
 
 
-def _separable(edges, tape, rectified, shift, weights, arranged, statistics, pointwise):
+def _separable(edges, tape, read, blocks, shift, weights, arranged, statistics, pointwise):
     """The maps of all sep_conv ahead of the last pointwise convolution, what was added to them, and `back`."""
     first, second, weight, stride = weights.first, weights.second, square(weights.halfway[0]), edges.stride
     flipped = [next(arranged) for _ in first] if stride == 1 else first, [next(arranged) for _ in second]
-    maps = convolve(rectified, first, shift, stride)
-    z, read = apart(maps), rectified.shape
+    maps = convolve([blocks] * len(first), first, shift, read[-1], stride)
+    z = apart(maps)
     # in one part each, and copied: then these have served
     memory = [parts[0] for parts in maps] if all(len(of) == 1 and of[0] is not z for of in maps) else None
     parts, rstd, again, halfway_back = pointwise.halfway(tape, z, weight, edges.S * edges.E, memory, statistics.pool)
@@ -91,9 +100,9 @@ def _separable(edges, tape, rectified, shift, weights, arranged, statistics, poi
     shift = [statistics.pool.mean(own_shift(part, kernel)) for part, kernel in zip(parts, second)]
 
     def back(d_z, rectified, d, wanted):
-        parts = again()
-        inputs = parts if wanted.weights else None
-        d_parts, d_second = convolve_back(d_z, d_z.shape, inputs, second, flipped[1], own=True)
+        maps = [bordered(d_z, edges.S * edges.E, kernel) for kernel in second] if wanted.weights else None
+        parts = again(maps and [inside(of, kernel) for of, kernel in zip(maps, second)])
+        d_parts, d_second = convolve_back(d_z, d_z.shape, maps, second, flipped[1], own=True)
         d_z, d_halfway = halfway_back(d_parts, parts, d_z)
         d_x, d_first = convolve_back(d_z, read, rectified if wanted.weights else None, first, flipped[0], stride, 1,
                                      wanted.x)
@@ -102,58 +111,74 @@ def _separable(edges, tape, rectified, shift, weights, arranged, statistics, poi
         d.second.extend(d_second)
         return d_x
 
-    return convolve(parts, second, shift), shift, back
+    return convolve([side_by_side(part) for part in parts], second, shift, read[-1]), shift, back
 
 
-def _plain(edges, tape, x, rectified, total, q, weights, statistics, wanted):
-    """Pools, skips and maps of edges' own, added to `total` if that is given; `back` gives the gradients by x and q."""
-    S, E, stride, shape = edges.S, edges.E, edges.stride, x.shape
-    pools, skips, maps, indices = S * len(edges.pools), S * len(edges.skip), [], None
-    for name in edges.pools:
-        if tape.by_hand and name == "max_pool_3x3":
-            y, indices = max_pool2d(images(x), 3, stride, 1, return_indices=True)
-            maps.append(states(y, S))
-        else:
-            maps.append(pooled(name, x, stride))
+def _plain(edges, tape, x, rectified, total, q, weights, room, statistics, wanted):
+    """Skips, pools and maps of edges' own, added to `total` if that is given; `back` gives the gradients by x and q.
+
+    For that it takes the `maps` of the room, and overwrites all but x.
+    """
+    S, E, stride, P, shape = edges.S, edges.E, edges.stride, len(edges.pools), x.shape
+    skips, pools = S * len(edges.skip), S * P
     own, own_back = _own(edges, rectified, weights, statistics, wanted)
-    maps += [x] * len(edges.skip) + own
-    plain = torch.cat(maps) if maps else x.new_empty(0)
+    inside = tape.by_hand and stride == 1 and not own  # all of these maps are in the room
+    if inside:
+        plain, indices = room.maps[S - skips:S + pools], room.indices
+        for name, maps in zip(edges.pools, room.maps[S:].split(S)):
+            _pool(name, images(x), images(maps), indices)
+    else:
+        maps, indices = [x] * len(edges.skip), None
+        for name in edges.pools:
+            if tape.by_hand and name == "max_pool_3x3":
+                y, indices = max_pool2d(images(x), 3, stride, 1, return_indices=True)
+                maps.append(states(y, S))
+                indices = states(indices, S)
+            else:
+                maps.append(pooled(name, x, stride))
+        plain = torch.cat(maps + own) if maps or own else x.new_empty(0)
     if pools:
-        rows, pool = in_rows(plain[:pools]), statistics.pool
+        rows, pool = in_rows(plain[skips:skips + pools]), statistics.pool
         rows, mean, rstd = normalise(rows, EPS, pool, tape.by_hand)
         statistics.add(edges.pool_norms(), mean, rstd, rows.shape[1])
-        plain = plain if tape.by_hand else torch.cat([rows.view_as(plain[:pools]), plain[pools:]])
-    if maps:
-        flat = plain.view(len(plain), -1)
-        total = None if total is None else total.view(E, -1)
-        total = q @ flat if total is None else total.addmm_(q, flat) if tape.by_hand else torch.addmm(total, q, flat)
+        if not tape.by_hand:
+            plain = torch.cat([plain[:skips], rows.view(-1, *plain.shape[1:]), plain[skips + pools:]])
+    if len(plain):
+        flat, out = plain.view(len(plain), -1), room.sums.view(E, -1) if tape.by_hand else None
+        total = torch.mm(q, flat, out=out) if total is None else torch.addmm(total.view(E, -1), q, flat, out=out)
         total = total.view(E, *plain.shape[1:])
-    kept, kept_indices = tape.keep(plain), tape.keep(indices)
+    elif total is None and tape.by_hand:
+        total = room.sums.zero_()
+    kept, kept_indices = tape.keep(None if inside else plain), tape.keep(indices)
 
-    def back(grad, d_x, d_rectified, rectified, d):
-        plain, flat = kept(), grad.view(E, -1)
-        d_q = flat @ plain.view(len(plain), -1).t() if maps and wanted.alphas else None
+    def back(grad, d_x, d_rectified, maps, d):
+        plain, flat, rectified = maps[S - skips:S + pools] if inside else kept(), grad.view(E, -1), maps[-S:]
+        d_q = flat @ plain.view(len(plain), -1).t() if len(plain) and wanted.alphas else None
         if own:
-            part, d_own = own_back((q[:, pools + skips:].t() @ flat).view(-1, *plain.shape[1:]), rectified)
+            part, d_own = own_back((q[:, skips + pools:].t() @ flat).view(-1, *plain.shape[1:]), rectified)
             d.own.extend(d_own)
             if wanted.x:
                 d_rectified = part if d_rectified is None else d_rectified.add_(part)
         if not wanted.x:
             return None, d_q
-        parts = []
-        if d_rectified is not None:
-            parts.append(torch.ops.aten.threshold_backward(d_rectified, rectified, 0, grad_input=d_rectified))
+        parts = maps[S:] if stride == 1 else rectified.new_empty((P + 1) * S, *shape[1:])
         if pools:
-            d_pools = (q[:, :pools].t() @ flat).view(pools, *plain.shape[1:])
-            centred_back(in_rows(d_pools), in_rows(plain[:pools]), rstd, statistics.pool)
-            for name, d_pool in zip(edges.pools, d_pools.split(S)):
-                parts.append(states(_pool_back(name, images(d_pool), images(rectified), stride, kept_indices()), S))
+            d_pools = (q[:, skips:skips + pools].t() @ flat).view(pools, *plain.shape[1:])
+            centred_back(in_rows(d_pools), in_rows(plain[skips:skips + pools]), rstd, statistics.pool)
+            for name, d_pool, part in zip(edges.pools, d_pools.split(S), parts.split(S)):
+                _pool_back(name, images(d_pool), images(rectified), stride, kept_indices(), images(part))
+        if d_rectified is None:
+            parts = parts[:-S]
+        else:
+            threshold_backward(d_rectified, rectified, 0, grad_input=parts[-S:])
         if skips:
-            q_skip = q[:, pools:pools + skips].t()
-            d_x = (q_skip @ flat).view(shape) if d_x is None else d_x.view(S, -1).addmm_(q_skip, flat).view(shape)
-        for part in parts:
-            d_x = part.contiguous() if d_x is None else d_x.add_(part)
-        return d_x, d_q
+            q_skip = q[:, :skips].t()
+            d_x = torch.mm(q_skip, flat) if d_x is None else d_x.view(S, -1).addmm_(q_skip, flat)
+        if len(parts):
+            parts = parts.view(len(parts) // S, -1)
+            ones = constant(1.0, x.dtype, x.device).expand(1, len(parts))
+            d_x = torch.mm(ones, parts) if d_x is None else d_x.view(1, -1).addmm_(ones, parts)
+        return None if d_x is None else d_x.view(shape), d_q
 
     return total, back
 
@@ -174,12 +199,22 @@ def _own(edges, rectified, weights, statistics, wanted):
     return edges.own_maps(rectified, weights, statistics), back
 
 
-def _pool_back(name, grad, x, stride, indices):
-    """The gradient by the images x, of which only the shape is read."""
+def _pool(name, x, out, indices):
+    """Pools of stride 1 of the images x into `out`; max pooling leaves its indices too."""
     if name == "max_pool_3x3":
-        return torch.ops.aten.max_pool2d_with_indices_backward(grad, x, [3, 3], [stride] * 2, [1, 1], [1, 1], False,
-                                                               indices)
-    return torch.ops.aten.avg_pool2d_backward(grad, x, [3, 3], [stride] * 2, [1, 1], False, False, None)
+        aten.max_pool2d_with_indices.out(x, [3, 3], [1, 1], [1, 1], [1, 1], False, out=out, indices=images(indices))
+    else:
+        aten.avg_pool2d.out(x, [3, 3], [1, 1], [1, 1], False, False, None, out=out)
+
+
+def _pool_back(name, grad, x, stride, indices, out):
+    """Into `out`, the gradient by the images x, of which only the shape is read."""
+    window = [3, 3], [stride] * 2, [1, 1]
+    if name == "max_pool_3x3":
+        aten.max_pool2d_with_indices_backward.grad_input(grad, x, *window, [1, 1], False, images(indices),
+                                                         grad_input=out)
+    else:
+        aten.avg_pool2d_backward.grad_input(grad, x, *window, False, False, None, grad_input=out)
 
 
 def _unsquare(weight: Tensor | None) -> Tensor | None:

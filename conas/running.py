@@ -48,11 +48,12 @@ def _contribution(edges, x, p, q, weights, statistics):
 def _plain(edges, x, q, own, statistics):
     """What pools, skips and `own` maps add to each node, (E, N, H', W', C)."""
     rest = ([x] if edges.skip else []) + own
-    shape, pools = (edges.E, *_after(x, edges.stride)), len(edges.pools) * edges.S
-    out = (q[:, pools:] @ torch.cat(rest).flatten(1)).view(shape) if rest else x.new_zeros(shape)
+    shape, pools, skips = (edges.E, *_after(x, edges.stride)), len(edges.pools) * edges.S, len(edges.skip) * edges.S
+    q_pools, q_rest = q[:, skips:skips + pools], torch.cat([q[:, :skips], q[:, skips + pools:]], 1)
+    out = (q_rest @ torch.cat(rest).flatten(1)).view(shape) if rest else x.new_zeros(shape)
     if pools:
         scale, shift = (t.to(x.dtype).view(pools, edges.E, 1, 1, 1, -1)
-                        for t in statistics.running_scale(edges.pool_norms(), q[:, :pools].t().flatten()))
+                        for t in statistics.running_scale(edges.pool_norms(), q_pools.t().flatten()))
         for maps, by in zip(torch.cat([pooled(name, x, edges.stride) for name in edges.pools]), scale):
             out.addcmul_(maps, by)
         out += shift.sum(0)

@@ -1,5 +1,6 @@
 """What BatchNorm normalises by in one pass through a supernet, and what the pass leaves behind."""
 from collections.abc import Callable, Sequence
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -85,13 +86,18 @@ class Statistics:
         """Let the running statistics follow those of the batch, as BatchNorm does in training."""
         if not self.keep:
             return
-        running, seen, counts = [], [], []
+        alike, running, seen, counts = {}, [], [], []  # one conversion for all entries that are alike
         for norms, mean, rstd, pixels in self._seen:
-            C, variance = norms[0].num_features, unbiased_variance(rstd, pixels, norms[0].eps)
-            for name, value in ("running_mean", mean), ("running_var", variance):
+            C = norms[0].num_features
+            times = len(norms) * C // mean.numel()  # as many share each map
+            alike.setdefault((C, pixels, times), []).append((norms, mean.view(-1, C), rstd.view(-1, C)))
+        for (_, pixels, times), entries in alike.items():
+            norms, mean, rstd = zip(*entries)
+            norms = list(chain(*norms))
+            variance = unbiased_variance(torch.cat(rstd), pixels, norms[0].eps)
+            for name, value in ("running_mean", torch.cat(mean)), ("running_var", variance):
                 running += [getattr(norm, name) for norm in norms]
-                value = value.to(norms[0].running_mean.dtype).reshape(-1, C)
-                seen += value.repeat_interleave(len(norms) // len(value), dim=0).unbind()
+                seen += value.to(running[-1].dtype).repeat_interleave(times, dim=0).unbind()
             counts += [norm.num_batches_tracked for norm in norms]
         torch._foreach_lerp_(running, seen, norms[0].momentum)
         torch._foreach_add_(counts, 1)

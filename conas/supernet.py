@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, pad
 
-from conas.edges import MixedEdges, factorized_reduce
+from conas.edges import MixedEdges, Room, factorized_reduce
 from conas.fused import Tape, by_hand, recorded
 from conas.genotype import EDGES, NODES, Genotype, derive
 from conas.mixed import Wanted, train
@@ -86,12 +86,15 @@ class SearchCell(nn.Module):
         shares = [share.view(shape) for share, shape in zip(shares.split([prod(shape) for shape in shapes]), shapes)]
         wanted = Wanted(any(tape.wanted[:2]), tape.wanted[2], any(tape.wanted[3:]))
         norms = [_norm(self.preprocess0), _norm(self.preprocess1)]
-        source, source_back = statistics.normalise_states(tape, torch.stack([s0, s1]), norms)
+        rooms = Room.of_cell(self.mixed, s0) if tape.by_hand else [None] * NODES
+        inputs = torch.stack([s0, s1], out=rooms[0].maps[:2] if tape.by_hand else None)
+        source, source_back = statistics.normalise_states(tape, inputs, norms)
         sums, nodes, ways_back = None, [], []  # what has come to each node that is not complete
         for n, edges in enumerate(self.mixed):
             terms = edges, source, sums, shares[n], shares[NODES + n], weights[n]
             if statistics.batch:
-                sums, way_back = train(tape, *terms, rest, statistics, wanted._replace(x=n > 0 or wanted.x))
+                sums, way_back = train(tape, *terms, rest, rooms[n], statistics,
+                                       wanted._replace(x=n > 0 or wanted.x))
                 ways_back.append(way_back)
             else:
                 sums = evaluate(*terms, statistics)

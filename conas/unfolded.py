@@ -25,7 +25,7 @@ def halfway(tape: Tape, z: Tensor, weight: Tensor, size: int, memory: list[Tenso
         grad.addcmul_(y, pool.sum(dots(grad, y)), value=-1 / pixels).sub_(mean)
         return torch.bmm(grad, scaled, out=y).view(shape), None
 
-    return rectify(y.view(shape), size, memory, tape.by_hand, True), rstd, lambda: None, back
+    return rectify(y.view(shape), size, memory, tape.by_hand, True), rstd, lambda _memory: None, back
 
 
 def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, E: int, pool: Pool):
@@ -39,11 +39,11 @@ def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, 
     for part, by in parts:
         in_rows(total).addcmul_(part, by)
 
-    def back(grad, z_wanted):
+    def back(grad, wanted):
         grad, y = in_rows(grad), kept().unflatten(0, (-1, E))
         share = (y * grad).sum(2, keepdim=True).flatten(0, 1) * rstd
         d_z = None
-        if z_wanted:
+        if wanted.x:
             slope = (pool.sum(share) * rstd).unflatten(0, (-1, E))
             d_y = torch.addcmul(grad, y, slope, value=-1 / pixels, out=y)
             d_z = torch.bmm(d_y.flatten(0, 1), weight * scale.transpose(1, 2)).view(shape)

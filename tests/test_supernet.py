@@ -60,7 +60,8 @@ def test_gradients_of_depthwise_convolutions(k, stride, dilation, small, monkeyp
             d_x, d_kernels = depthwise.convolve_back(grad, x.shape, x, kernels, flipped, stride, dilation)
             return d_x, *d_kernels
 
-        return depthwise.apart(depthwise.convolve(x, kernels, [None] * 2, stride, dilation)), back
+        blocks = [depthwise.side_by_side(x, len(kernel) // 4 // len(x)) for kernel in kernels]
+        return depthwise.apart(depthwise.convolve(blocks, kernels, [None] * 2, 4, stride, dilation)), back
 
     torch.manual_seed(0)
     for states, kinds, groups in (1, 1, 1), (2, 2, 8), (2, 1, 2), (1, 2, 3):
@@ -71,19 +72,22 @@ def test_gradients_of_depthwise_convolutions(k, stride, dilation, small, monkeyp
 
 
 @pytest.mark.parametrize("small", [depthwise.SMALL, 0])
-@pytest.mark.parametrize("dilation", [1, 2])
-def test_gradients_of_depthwise_convolutions_of_maps_of_their_own(dilation, small, monkeypatch):
+def test_gradients_of_depthwise_convolutions_of_maps_of_their_own(small, monkeypatch):
     """Maps as `rectify` leaves them, of kernels of two sizes; with ReLU's gradient."""
     monkeypatch.setattr(depthwise, "SMALL", small)
+
     def run(tape, y, *kernels):
         parts = depthwise.rectify(y, 3, None, tape.by_hand, True)
 
         def back(grad):
+            maps = [depthwise.bordered(y, 3, kernel) for kernel in kernels]
+            parts = depthwise.rectify(y, 3, [depthwise.inside(*of) for of in zip(maps, kernels)], True, True)
             flipped = [kernel.flip(2, 3) for kernel in kernels]
-            d_parts, d_kernels = depthwise.convolve_back(grad, y.shape, parts, kernels, flipped, 1, dilation, own=True)
+            d_parts, d_kernels = depthwise.convolve_back(grad, y.shape, maps, kernels, flipped, own=True)
             return depthwise.rectify_back(d_parts, parts, torch.empty_like(y)), *d_kernels
 
-        return depthwise.apart(depthwise.convolve(parts, kernels, [None] * 2, 1, dilation)), back
+        blocks = [depthwise.side_by_side(part) for part in parts]
+        return depthwise.apart(depthwise.convolve(blocks, kernels, [None] * 2, 4)), back
 
     torch.manual_seed(0)
     y = torch.randn(6, 2, 6, 8, 4, dtype=torch.float64, requires_grad=True)
