@@ -122,8 +122,8 @@ def _plain(edges, tape, x, rectified, total, q, weights, room, statistics, wante
     S, E, stride, P, shape = edges.S, edges.E, edges.stride, len(edges.pools), x.shape
     skips, pools = S * len(edges.skip), S * P
     own, own_back = _own(edges, rectified, weights, statistics, wanted)
-    inside = tape.by_hand and stride == 1 and not own  # all of these maps are in the room
-    if inside:
+    in_room = tape.by_hand and stride == 1 and not own  # all of these maps
+    if in_room:
         plain, indices = room.maps[S - skips:S + pools], room.indices
         for name, maps in zip(edges.pools, room.maps[S:].split(S)):
             _pool(name, images(x), images(maps), indices)
@@ -149,10 +149,10 @@ def _plain(edges, tape, x, rectified, total, q, weights, room, statistics, wante
         total = total.view(E, *plain.shape[1:])
     elif total is None and tape.by_hand:
         total = room.sums.zero_()
-    kept, kept_indices = tape.keep(None if inside else plain), tape.keep(indices)
+    kept, kept_indices = tape.keep(None if in_room else plain), tape.keep(indices)
 
     def back(grad, d_x, d_rectified, maps, d):
-        plain, flat, rectified = maps[S - skips:S + pools] if inside else kept(), grad.view(E, -1), maps[-S:]
+        plain, flat, rectified = maps[S - skips:S + pools] if in_room else kept(), grad.view(E, -1), maps[-S:]
         d_q = flat @ plain.view(len(plain), -1).t() if len(plain) and wanted.alphas else None
         if own:
             part, d_own = own_back((q[:, skips + pools:].t() @ flat).view(-1, *plain.shape[1:]), rectified)
