@@ -23,7 +23,7 @@ from torch.nn.functional import conv2d, pad
 
 from conas.fused import Tape, by_hand
 
-SMALL = 2**20  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
+SMALL = 2**21  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
 
 
 def side_by_side(x: Tensor, times: int = 1) -> list[Tensor]:
