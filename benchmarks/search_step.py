@@ -205,6 +205,8 @@ def main() -> None:
                         help="for both, as train_search.py does (conas/memory.py)")
     parser.add_argument("--memory_of", choices=["textbook", "ours"], help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.rounds < 2:
+        parser.error(f"--rounds {options.rounds}: a spread needs 2 or more")
     torch.set_num_threads(options.threads)
     device = find_device(options.device)
     kept = options.keep_freed_memory and keep_freed_memory()
@@ -228,6 +230,7 @@ def main() -> None:
             raise SystemExit(f"{space}: the two implementations disagree; there is nothing to compare")
     if options.growth:
         results["growth"] = about | {"curves": grow(options.spaces, options.rounds, device)}
+        write(path.stem, results)
     else:
         for space in options.spaces:
             for batch_size in options.batch_sizes:
@@ -238,7 +241,7 @@ def main() -> None:
                          f"{'' if kept else ', malloc as it comes'}")
                 results["settings"][title] = about | sizes | compare(sizes, options.rounds, device, kept)
                 print(f"{title}\n{report(results['settings'][title])}", flush=True)
-    write(path.stem, results)
+                write(path.stem, results)  # now: the next setting may take too long, or too much memory
     print(f"written: {path.relative_to(ROOT)}, {draw(results).relative_to(ROOT)}")
 
 
