@@ -66,9 +66,9 @@ def measure(flags: list[str], steps: int | None, device: torch.device) -> dict:
     clock = Clock(device)
 
     class TimedNetwork(Network):
-        def forward(self, x):
+        def forward(self, *arguments):
             passing = super().forward
-            return passing(x) if self.training else clock.timed("validation", passing)(x)
+            return passing(*arguments) if self.training else clock.timed("validation", passing)(*arguments)
 
     class TimedArchitect(Architect):
         def step(self, *arguments):

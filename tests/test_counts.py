@@ -1,9 +1,14 @@
-"""What the benchmark of the search step counts: operator calls and FLOPs."""
+"""What the benchmark of the search step counts, operator calls and FLOPs, and a short run of that of an epoch."""
+import json
+import subprocess
+import sys
+
 import torch
 from torch.nn.functional import conv2d
 
 from benchmarks.counts import flops, operator_calls
 from benchmarks.search_step import Contestant
+from tests.conftest import clone
 
 
 def test_an_architect_step_calls_a_fraction_of_the_textbooks_operators():
@@ -21,3 +26,15 @@ def test_depthwise_backward_counts_as_its_three_convolutions():
     once = 2 * 9 * (2 * 6 * 8 * 8)
     assert flops(lambda: conv2d(x, weight, padding=1, groups=6)) == once
     assert flops(lambda: conv2d(x, weight, padding=1, groups=6).sum().backward()) == 3 * once
+
+
+def test_the_benchmark_of_an_epoch_runs(tmp_path):
+    root = clone(tmp_path / "CoNAS").root
+    flags = ["--init_channels", "2", "--layers", "3", "--batch_size", "4", "--images", "40",
+             "--steps", "2", "--device", "cpu"]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.search_epoch", *flags], cwd=root, capture_output=True,
+                          text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
+    found = json.loads((root / "benchmarks/results/search_epoch-cpu.json").read_text())["C=2 layers=3 steps=2"]
+    assert 0 < found["seconds"]["alpha steps"] < found["seconds"]["all"]
+    assert 0 < found["outside_the_model_in_steps"] < 100
