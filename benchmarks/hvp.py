@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d, max_pool2d, silu
 from torch.overrides import TorchFunctionMode
 
-from benchmarks.machine import machine, spread, write
+from benchmarks.machine import machine, several, spread, write
 from cnn_space1.architect import Architect
 from cnn_space1.model_search import Network
 from conas.config import ROOT
@@ -100,7 +100,7 @@ def draw(result: dict) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3, help="networks and batches for the distances")
-    parser.add_argument("--rounds", type=int, default=5, help="for the seconds")
+    parser.add_argument("--rounds", type=several, default=5, help="for the seconds")
     options = parser.parse_args()
     result = {"radii": RADII, "distance": {
         "ReLU and max pooling, as in DARTS": [distances(seed, smooth=False) for seed in range(options.seeds)],

@@ -1,4 +1,5 @@
 """What every result says of where it was measured, how measurements are summed up, and where results are written."""
+import argparse
 import os
 import platform
 import statistics
@@ -11,8 +12,16 @@ from conas.files import write_json
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
+def several(text: str) -> int:
+    """The type of a flag for how many measurements `spread` is of. Fewer than 2 are refused."""
+    number = int(text)
+    if number < 2:
+        raise argparse.ArgumentTypeError(f"{text}: a spread needs 2 or more")
+    return number
+
+
 def spread(values: list[float]) -> dict[str, float]:
-    """The median and the quartiles of measurements."""
+    """The median and the quartiles of 2 or more measurements."""
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": median, "quartiles": [low, high]}
 

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from benchmarks import textbook_rnn
-from benchmarks.machine import machine, spread, write
+from benchmarks.machine import machine, several, spread, write
 from conas.cli import find_device
 from conas.language import draw_masks, weight_optimizer, weight_step
 from conas.language_options import DropoutOptions
@@ -138,7 +138,7 @@ def main() -> None:
     for name in SMALL:
         parser.add_argument(f"--{name}", type=int, help="in place of that of --size")
     parser.add_argument("--tasks", nargs="+", choices=list(SIZES["small"]), default=list(SIZES["small"]))
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--rounds", type=several, default=9)
     parser.add_argument("--device", default="auto")
     options = parser.parse_args()
     device = find_device(options.device)

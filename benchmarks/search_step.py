@@ -24,7 +24,7 @@ import torch
 
 from benchmarks import textbook
 from benchmarks.counts import ROOT, flops, matmul_peak, memory_in_child, operator_calls, peak_memory
-from benchmarks.machine import RESULTS, machine, spread, write
+from benchmarks.machine import RESULTS, machine, several, spread, write
 from benchmarks.search_step_figure import draw
 from conas.cli import find_device
 from conas.config import WeightOptions
@@ -196,8 +196,9 @@ def report(result: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[16, 64])
-    for name, default in (("channels", 16), ("layers", 8), ("threads", 2), ("rounds", 5), ("eval_batch", 128)):
+    for name, default in (("channels", 16), ("layers", 8), ("threads", 2), ("eval_batch", 128)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rounds", type=several, default=5)
     parser.add_argument("--spaces", nargs="+", default=["cnn_space1"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--growth", action="store_true")
@@ -205,8 +206,6 @@ def main() -> None:
                         help="for both, as train_search.py does (conas/memory.py)")
     parser.add_argument("--memory_of", choices=["textbook", "ours"], help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.rounds < 2:
-        parser.error(f"--rounds {options.rounds}: a spread needs 2 or more")
     torch.set_num_threads(options.threads)
     device = find_device(options.device)
     kept = options.keep_freed_memory and keep_freed_memory()

@@ -20,7 +20,7 @@ from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from benchmarks.machine import machine, spread, write
+from benchmarks.machine import machine, several, spread, write
 from conas.cli import find_device
 from conas.config import RecipeOptions
 from conas.data import DATASETS, DataInfo, ImageSet
@@ -148,9 +148,9 @@ def seconds(loop: Iterator[None], steps: int, wait: Callable[[], None]) -> float
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("init_channels", 8), ("layers", 8), ("batch_size", 96), ("steps", 12), ("rounds", 9),
-                          ("workers", 2)):
+    for name, default in (("init_channels", 8), ("layers", 8), ("batch_size", 96), ("steps", 12), ("workers", 2)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--rounds", type=several, default=9)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
     parser.add_argument("--compile", action="store_true")
