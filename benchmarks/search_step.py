@@ -10,6 +10,7 @@ The textbook is benchmarks/textbook.py: a module for every primitive on every ed
 step, NCHW. Ours is what train_search.py runs. First the hypergradients of both are compared in float64. Then both take
 turns in one process, on the same random images of 32x32 pixels in float32: an architect step, a weight step and an
 evaluation (no gradients, --eval_batch images). Each round gives one ratio of each; printed are medians and quartiles.
+On CUDA, our iteration is what --cuda_graph makes of both steps; the steps are also timed by themselves, without a graph.
 Memory is that of two iterations in a process of its own, less what the import of torch takes. Writes
 benchmarks/results/search_step-DEVICE.json, which keeps the last result of every setting, and draws img/search_step.svg.
 """
@@ -28,6 +29,7 @@ from benchmarks.machine import RESULTS, machine, several, spread, write
 from benchmarks.search_step_figure import draw
 from conas.cli import find_device
 from conas.config import WeightOptions
+from conas.graphs import WARM_UP, Replayed, on_device
 from conas.memory import keep_freed_memory
 from conas.search import weight_optimizer, weight_step
 
@@ -77,10 +79,29 @@ class Contestant:
             self.works = {"architect": lambda: architect.step(train, valid, rate, optimizer),
                           "weights": lambda: textbook.weight_step(self.network, optimizer, train, RECIPE.grad_clip)}
         self.works["evaluation"] = evaluation
+        self.graph = None
+        if name == "ours" and train[0].device.type == "cuda":
+            for own in (optimizer, architect.alpha_optimizer):
+                on_device(own, True)
+
+            def iterate(train, valid, lr):
+                architect.step(train, valid, lr)
+                return weight_step(ours, optimizer, train, RECIPE.grad_clip)
+
+            replayed = Replayed(iterate, optimizer, batch_size, train[0].device, self)
+            self.graph = lambda: replayed(train, valid, rate)
+
+    def log(self, text: str) -> None:
+        """Of a graph that cannot be recorded."""
+        raise SystemExit(text)
 
     def iteration(self) -> None:
-        self.works["architect"]()
-        self.works["weights"]()
+        """As train_search.py takes it: at once if there is a graph, which is recorded in the fourth one."""
+        if self.graph:
+            self.graph()
+        else:
+            self.works["architect"]()
+            self.works["weights"]()
 
     def hypergradient(self) -> torch.Tensor:
         """Of an architect step, which this takes."""
@@ -122,14 +143,20 @@ def race(sizes: dict, works: tuple[str, ...], rounds: int, device: torch.device)
     seconds = stopwatch(device)
     contestants = {name: Contestant(name, **sizes, device=device) for name in ("textbook", "ours")}
     taken = {name: {work: [] for work in works} for name in contestants}
+    if graph := contestants["ours"].graph:
+        contestants["ours"].works["graph"] = graph
+        taken["ours"]["graph"] = []
+        for _ in range(WARM_UP + 1):
+            graph()
     for turn in range(-1, rounds):  # the first round warms up
         for name in sorted(contestants, reverse=turn % 2 == 0):
-            for work in works:
+            for work in taken[name]:
                 took = seconds(contestants[name].works[work])
                 if turn >= 0:
                     taken[name][work].append(took)
     for of in taken.values():
-        of["iteration"] = [a + w for a, w in zip(of["architect"], of["weights"])]
+        both = [a + w for a, w in zip(of["architect"], of["weights"])]
+        of["iteration"] = of.pop("graph", both)
     return {"seconds": {name: {work: spread(values) for work, values in of.items()} for name, of in taken.items()},
             "textbook_over_ours": {work: spread([t / o for t, o in zip(values, taken["ours"][work])])
                                    for work, values in taken["textbook"].items()}}
@@ -213,14 +240,14 @@ def main() -> None:
         before = peak_memory(device)
         contestant = Contestant(options.memory_of, options.spaces[0], options.channels, options.layers,
                                 options.batch_sizes[0], device=device)
-        for _ in range(2):
+        for _ in range(WARM_UP + 2 if contestant.graph else 2):
             contestant.iteration()
         print(peak_memory(device) - before)
         return
 
     path = RESULTS / f"search_step-{device.type}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}, "growth": {}}
-    about = machine(device) | {"gpu": None if torch.cuda.is_available() else "none was at hand",
+    about = machine(device) | {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none was at hand",
                                "rounds": options.rounds, "freed_memory_kept": kept}
     for space in options.spaces:
         distance = disagreement(space, device)

@@ -22,6 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from conas import distributed
 from conas.fused import twice_differentiable
+from conas.parallel import at_once
 from conas.supernet import Supernet, constant_alphas, frozen_statistics
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,); of several processes each has its part
@@ -83,6 +84,8 @@ class Bilevel:
 
     @torch.no_grad()
     def _flatten(self, tensors: Iterable[Tensor]) -> Tensor:
+        if self._flat.device.type != "cpu":  # there the call below is a thousand copies
+            return _flatten(tensors)
         torch._foreach_copy_(self._parts, list(tensors))  # one call for a thousand tensors
         return self._flat.clone()
 
@@ -114,7 +117,9 @@ class Bilevel:
     def difference_quotient(self, batch: Batch, w: Tensor, d: Tensor, r: float = PERTURBATION) -> Tensor:
         """The right side of equation 8, with |eps d| = r."""
         eps = r / d.norm()
-        return (self.grad_alpha(batch, w + eps * d) - self.grad_alpha(batch, w - eps * d)) / (2 * eps)
+        plus, minus = at_once(w.device, lambda: self.grad_alpha(batch, w + eps * d),
+                              lambda: self.grad_alpha(batch, w - eps * d))
+        return (plus - minus) / (2 * eps)
 
     def exact_product(self, batch: Batch, w: Tensor, d: Tensor) -> Tensor:
         """The left side of equation 8, by double backward: the gradient of (grad_w L . d) by the alphas."""

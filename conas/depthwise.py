@@ -9,6 +9,8 @@ to the order of the sums:
 * the gradient of a kernel of dilation 2 is that of a plain one `in_phases`, since such a convolution never mixes odd
   and even rows or columns.
 
+On GPUs the libraries are fast for plain kernels only, so there all that has dilation 2 goes by phases.
+
 Maps of G groups of C channels are (G, N, H, W, C). Small ones are convolved side by side, as channels of one image
 (N, H, W, G*C); what was convolved is then a view of that, and whoever reads it writes its own in the order it likes.
 """
@@ -23,6 +25,7 @@ from torch.nn.functional import conv2d, pad
 
 from conas.fused import Tape, by_hand
 
+FAST_DILATED = ("cpu",)  # devices whose library has a fast kernel for dilated convolutions; not for their gradients
 SMALL = 2**21  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
 
 
@@ -59,11 +62,10 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
     gradient by x is such a list.
     """
     S, N, H, W, C = shape
-    phased = stride == 1 and dilation == 2 and H % 2 == W % 2 == 0
-    if phased and isinstance(x, Tensor) and x.device.type == "cpu":
-        d_x, d_kernels = convolve_back(in_phases(grad), (S, 4 * N, H // 2, W // 2, C), in_phases(x), kernels, flipped,
-                                       x_wanted=x_wanted)
-        return None if d_x is None else out_of_phases(d_x.unflatten(1, (N, 2, 2))), d_kernels
+    if goes_by_phases(grad, stride, dilation, x is not None):
+        d_x, d_kernels = convolve_back(in_phases(grad), (S, 4 * N, H // 2, W // 2, C), x if x is None else in_phases(x),
+                                       kernels, flipped, x_wanted=x_wanted)
+        return None if d_x is None else out_of_phases(d_x), d_kernels
     groups, small = [len(kernel) // C for kernel in kernels], _is_small(grad, shape[1:])
     grads, d_x, d_kernels = [_blocks(part, 1, small) for part in grad.split(groups)], None, []
     if x_wanted:
@@ -120,10 +122,18 @@ def rectify_back(grads: Sequence[Tensor], parts: Sequence[Tensor], out: Tensor) 
 
 def blockwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> Iterator[Tensor]:
     """`convolve` with one kernel, in blocks (B, N, H', W', C) of as many groups as are convolved at once."""
-    C = x.shape[-1]
-    blocks = _blocks(x, len(weight) // C // len(x), _is_small(x, x.shape[1:]))
+    C, phased = x.shape[-1], goes_by_phases(x, stride, dilation)
+    blocks = side_by_side(in_phases(x) if phased else x, len(weight) // C // len(x))
     for block, kernel in zip(blocks, weight.chunk(len(blocks))):
-        yield _groups_of(_convolution(block, kernel, stride, dilation), C)
+        z = _groups_of(_convolution(block, kernel, stride, 1 if phased else dilation), C)
+        yield out_of_phases(z) if phased else z
+
+
+def goes_by_phases(maps: Tensor, stride: int, dilation: int, weights_wanted: bool = False) -> bool:
+    """Whether a convolution of such maps (..., H, W, C), or its gradients, are faster `in_phases`."""
+    H, W = maps.shape[-3:-1]
+    wanted = weights_wanted or maps.device.type not in FAST_DILATED
+    return wanted and stride == 1 and dilation == 2 and H % 2 == W % 2 == 0
 
 
 def in_phases(x: Tensor) -> Tensor:
@@ -133,8 +143,8 @@ def in_phases(x: Tensor) -> Tensor:
 
 
 def out_of_phases(x: Tensor) -> Tensor:
-    """The inverse of `in_phases`."""
-    return x.permute(0, 1, 4, 2, 5, 3, 6).flatten(4, 5).flatten(2, 3)
+    """The inverse of `in_phases`, of its images one after another: (S, N*2*2, H, W, C) -> (S, N, 2H, 2W, C)."""
+    return x.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3, 6).flatten(4, 5).flatten(2, 3)
 
 
 def _is_small(like: Tensor, shape: Sequence[int]) -> bool:

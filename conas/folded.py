@@ -21,7 +21,8 @@ from conas.statistics import Statistics
 from conas.synced import Pool, constant
 
 EPS = 1e-5  # of nn.BatchNorm2d
-CHUNK = 4096  # pixels
+CHUNK, WIDTH = {"cpu": 4096}, {"cpu": 1}  # pixels and channels at once, see `_products`; on GPUs:
+GPU_CHUNK, GPU_WIDTH = 512, 32
 
 
 class Folded:
@@ -121,10 +122,16 @@ def _scaled_product(a: Tensor, b: Tensor, by: float) -> Tensor:
 def _products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Sums over pixels of the products of channels, for pairs of rows (K, P, C): (all K, C, C).
 
-    By CHUNK pixels: a library's product may add all of them one after another, and small terms would be lost.
+    By CHUNK pixels: a library's product may add all of them one after another, and small terms would be lost; and a GPU
+    wants many products to do at once. Its smallest product is of WIDTH channels: as many pixels are taken as that many,
+    of whose product only the blocks of equal pixels are wanted.
     """
-    P, C = pairs[0][0].shape[1:]
-    cut = P > CHUNK and P % CHUNK == 0
-    pairs = [[rows.reshape(-1, CHUNK, C) if cut else rows for rows in pair] for pair in pairs]
+    (P, C), device = pairs[0][0].shape[1:], pairs[0][0].device.type
+    chunk, width = CHUNK.get(device, GPU_CHUNK), WIDTH.get(device, GPU_WIDTH)
+    chunk = P if P % chunk else chunk
+    fold = 1 if chunk % max(width // C, 1) else max(width // C, 1)
+    pairs = [[rows.reshape(-1, chunk // fold, fold * C) for rows in pair] for pair in pairs]
     products = join([torch.bmm(a.transpose(1, 2), b) for a, b in pairs])
-    return products.view(-1, P // CHUNK, C, C).sum(1) if cut else products
+    if fold > 1:
+        return products.view(-1, P // chunk, fold, C, fold, C).diagonal(dim1=2, dim2=4).sum((1, 4))
+    return products.view(-1, P // chunk, C, C).sum(1) if chunk < P else products

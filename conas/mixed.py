@@ -13,7 +13,19 @@ from torch import Tensor
 from torch.nn.functional import max_pool2d
 
 from conas import folded, unfolded
-from conas.depthwise import apart, bordered, convolve, convolve_back, inside, own_shift, shifts, side_by_side
+from conas.depthwise import (
+    apart,
+    bordered,
+    convolve,
+    convolve_back,
+    goes_by_phases,
+    in_phases,
+    inside,
+    out_of_phases,
+    own_shift,
+    shifts,
+    side_by_side,
+)
 from conas.edges import MixedEdges, Packs, Room, images, pooled, square, states
 from conas.folded import EPS, in_rows
 from conas.fused import Tape
@@ -55,8 +67,11 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Ten
         flipped = [next(arranged) for _ in edges.dil]
         read, dilation = undilated(rectified, edges.stride)
         shift = [pool.mean(mean.flatten()) for mean in means[-1][:len(edges.dil)]]
+        if phased := goes_by_phases(read, 1, dilation):
+            read, dilation = in_phases(read), 1
         blocks = blocks if read is rectified else side_by_side(read, edges.E)
-        maps += convolve([blocks] * len(shift), weights.dilated, shift, x.shape[-1], 1, dilation)
+        parts = convolve([blocks] * len(shift), weights.dilated, shift, x.shape[-1], 1, dilation)
+        maps += [[out_of_phases(part) for part in of] for of in parts] if phased else parts
         added = added + shift
     if maps:
         z, last = apart(maps), square(weights.last[0])

@@ -1,11 +1,13 @@
 """Rebuild parity fixtures: the numbers that a correct DARTS reproduces in float64.
 
     python -m tests.parity tests/*_seed0.npz
+    python -m tests.parity --device cuda tests/*_seed0.npz
 
 One line for each quantity, with its relative error |ours - expected| / |expected|. Exits 1 if one is above its
 tolerance, 2 if a file cannot be read. A fixture holds outputs only; weights and inputs are drawn here, in the
 order of the recipe, from NumPy's default_rng.
 """
+import argparse
 import json
 import sys
 from collections.abc import Iterator
@@ -65,15 +67,15 @@ def set_alphas(network: nn.Module, values: list[Tensor]) -> None:
             alpha.copy_(value)
 
 
-def search_quantities(fixture: dict, dtype: torch.dtype = torch.float64) -> Iterator[Quantity]:
+def search_quantities(fixture: dict, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Iterator[Quantity]:
     """Steps 1 to 6 of the recipe: the supernet, three architecture and weight steps, genotypes."""
     space, seed = f"cnn_space{int(fixture['space'])}", int(fixture["seed"])
     network = import_module(f"{space}.model_search").Network(
-        int(fixture["C"]), int(fixture["num_classes"]), int(fixture["layers"])).to(dtype)
+        int(fixture["C"]), int(fixture["num_classes"]), int(fixture["layers"])).to(device, dtype)
     fill(network, seed)
     rng = np.random.default_rng(seed + 1)
     set_alphas(network, draw_alphas(rng, len(network.primitives), dtype))
-    batches = [(draw_batch(rng, fixture, dtype), draw_batch(rng, fixture, dtype)) for _ in range(3)]
+    batches = [[[t.to(device) for t in draw_batch(rng, fixture, dtype)] for _ in range(2)] for _ in range(3)]
     (x, _), (xv, yv) = batches[0]
     with torch.no_grad():
         yield "logits_eval", network.eval()(x), LOGITS
@@ -110,7 +112,7 @@ def search_quantities(fixture: dict, dtype: torch.dtype = torch.float64) -> Iter
     yield "genotypes_json", genotypes, 0.0
 
 
-def derived_quantities(fixture: dict, dtype: torch.dtype = torch.float64) -> Iterator[Quantity]:
+def derived_quantities(fixture: dict, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Iterator[Quantity]:
     """Steps 7 and 8 of the recipe: the derived networks for CIFAR and ImageNet."""
     seed, classes, layers = (int(fixture[name]) for name in ("seed", "num_classes", "layers"))
     primitives = len(import_module(f"cnn_space{int(fixture['space'])}.genotypes").PRIMITIVES)
@@ -121,9 +123,9 @@ def derived_quantities(fixture: dict, dtype: torch.dtype = torch.float64) -> Ite
     for _ in range(8):
         draw_alphas(rng, primitives, dtype)
 
-    network = NetworkCIFAR(int(fixture["C"]), classes, layers, True, last_genotype(fixture)).to(dtype)
+    network = NetworkCIFAR(int(fixture["C"]), classes, layers, True, last_genotype(fixture)).to(device, dtype)
     fill(network, seed + 2)
-    x = torch.from_numpy(rng.standard_normal((3, 3, 32, 32))).to(dtype)
+    x = torch.from_numpy(rng.standard_normal((3, 3, 32, 32))).to(device, dtype)
     with torch.no_grad():
         yield "cifar/logits_eval", network.eval()(x), LOGITS
         logits, auxiliary = network.train()(x)
@@ -131,31 +133,32 @@ def derived_quantities(fixture: dict, dtype: torch.dtype = torch.float64) -> Ite
     yield "cifar/logits_auxiliary", auxiliary, LOGITS
     yield "cifar/parameters", torch.tensor(count_parameters(network)), 0.0
 
-    network = NetworkImageNet(8, classes, layers, True, last_genotype(fixture)).to(dtype)
+    network = NetworkImageNet(8, classes, layers, True, last_genotype(fixture)).to(device, dtype)
     fill(network, seed + 3)
-    x = torch.from_numpy(rng.standard_normal((2, 3, 224, 224))).to(dtype)
+    x = torch.from_numpy(rng.standard_normal((2, 3, 224, 224))).to(device, dtype)
     with torch.no_grad():
         yield "imagenet/logits_eval", network.eval()(x), LOGITS
 
 
-def recurrent_quantities(fixture: dict, dtype: torch.dtype = torch.float64) -> Iterator[Quantity]:
+def recurrent_quantities(fixture: dict, dtype: torch.dtype = torch.float64, device: str = "cpu"
+                         ) -> Iterator[Quantity]:
     """The recipe's recurrent fixture: two published cells, one step of the search's alphas, the genotype."""
     seed, T, B, units, words = (int(fixture[name]) for name in ("seed", "T", "batch", "nhid", "ntoken"))
     rng = np.random.default_rng(seed + 1)
     genotypes = import_module("rnn.genotypes")
 
     def draw_tokens() -> Tensor:
-        return torch.from_numpy(rng.integers(0, words, (T, B)))
+        return torch.from_numpy(rng.integers(0, words, (T, B))).to(device)
 
     for name in ("DARTS_V1", "DARTS_V2"):
-        network = import_module("rnn.model").Network(words, units, getattr(genotypes, name)).to(dtype).eval()
+        network = import_module("rnn.model").Network(words, units, getattr(genotypes, name)).to(device, dtype).eval()
         fill(network, seed)
         with torch.no_grad():
             log_prob, hidden = network(draw_tokens(), network.initial(B))
         yield f"{name}/log_prob", log_prob, LOGITS
         yield f"{name}/hidden", hidden[None], LOGITS
 
-    network = import_module("rnn.model_search").Network(words, units).to(dtype).train()
+    network = import_module("rnn.model_search").Network(words, units).to(device, dtype).train()
     fill(network, seed + 2)
     set_alphas(network, [torch.from_numpy(0.5 * rng.standard_normal((36, 5))).to(dtype)])
     x, y, xv, yv = (draw_tokens() for _ in range(4))
@@ -171,7 +174,7 @@ def relative_error(ours, expected: np.ndarray) -> float:
     """|ours - expected| / |expected| in the 2-norm; 0 or 1 for genotypes."""
     if expected.dtype.kind == "U":
         return float(json.dumps(ours) != json.dumps(json.loads(str(expected))))
-    difference = ours.detach().double().numpy() - expected
+    difference = ours.detach().double().cpu().numpy() - expected
     return float(np.linalg.norm(difference) / np.linalg.norm(expected))
 
 
@@ -185,13 +188,13 @@ def last_genotype(fixture: dict) -> Genotype:
     return from_json(json.loads(str(fixture["genotypes_json"]))[-1], "fixture", OPERATIONS)
 
 
-def report(path: str) -> bool:
+def report(path: str, device: str = "cpu") -> bool:
     """Print a fixture's quantities; True if all are within their tolerances."""
     fixture = read_fixture(path)
     if "nhid" in fixture:
-        quantities = recurrent_quantities(fixture)
+        quantities = recurrent_quantities(fixture, device=device)
     else:
-        quantities = chain(search_quantities(fixture), derived_quantities(fixture))
+        quantities = chain(search_quantities(fixture, device=device), derived_quantities(fixture, device=device))
     right = True
     for name, ours, tolerance in quantities:
         error = relative_error(ours, fixture[name])
@@ -200,12 +203,13 @@ def report(path: str) -> bool:
     return right
 
 
-def main(paths: list[str]) -> int:
-    if not paths:
-        print(__doc__)
-        return 2
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("paths", nargs="+", help="fixtures")
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args(arguments)
     try:
-        results = [report(path) for path in paths]
+        results = [report(path, options.device) for path in options.paths]
     except (OSError, ValueError, KeyError) as error:
         print(f"error: {error}: name parity fixtures (.npz)", file=sys.stderr)
         return 2

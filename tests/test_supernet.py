@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks import textbook
-from conas import depthwise
+from conas import depthwise, folded
 from conas.fused import by_hand, twice_differentiable
 from conas.genotype import NODES
 from conas.supernet import Supernet, constant_alphas, frozen_statistics
@@ -27,9 +27,14 @@ def pair(space):
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("small", [depthwise.SMALL, 0])  # edges side by side, or one by one
-def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format, small, monkeypatch):
-    monkeypatch.setattr(depthwise, "SMALL", small)
+@pytest.mark.parametrize("way", ["side by side", "one by one", "as on a GPU"])
+def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format, way, monkeypatch):
+    if way == "one by one":
+        monkeypatch.setattr(depthwise, "SMALL", 0)
+    elif way == "as on a GPU":
+        monkeypatch.setattr(depthwise, "FAST_DILATED", ())
+        for name in "CHUNK", "WIDTH":
+            monkeypatch.setattr(folded, name, {})
     network, oracle = pair(space)
     torch.manual_seed(0)
     x, y = torch.randn(5, 3, 16, 16, dtype=torch.float64).to(memory_format=memory_format), torch.arange(5)
