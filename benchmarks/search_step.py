@@ -12,7 +12,8 @@ turns in one process, on the same random images of 32x32 pixels in float32: an a
 evaluation (no gradients, --eval_batch images). Each round gives one ratio of each; printed are medians and quartiles.
 On CUDA, our iteration is what --cuda_graph makes of both steps; the steps are also timed by themselves, without a graph.
 Memory is that of two iterations in a process of its own, less what the import of torch takes. Writes
-benchmarks/results/search_step-DEVICE.json, which keeps the last result of every setting, and draws img/search_step.svg.
+benchmarks/results/search_step-DEVICE.json, which keeps the last result of every setting, and draws img/search_step.svg,
+or img/search_step-cuda.svg.
 """
 import argparse
 import json
@@ -32,6 +33,7 @@ from conas.config import WeightOptions
 from conas.graphs import WARM_UP, Replayed, on_device
 from conas.memory import keep_freed_memory
 from conas.search import weight_optimizer, weight_step
+from conas.speed import set_tf32
 
 RECIPE = WeightOptions()
 WORKS = "architect", "weights", "evaluation"
@@ -235,6 +237,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = find_device(options.device)
+    set_tf32(False)  # as train_search.py has it
     kept = options.keep_freed_memory and keep_freed_memory()
     if options.memory_of:
         before = peak_memory(device)
@@ -268,7 +271,8 @@ def main() -> None:
                 results["settings"][title] = about | sizes | compare(sizes, options.rounds, device, kept)
                 print(f"{title}\n{report(results['settings'][title])}", flush=True)
                 write(path.stem, results)  # now: the next setting may take too long, or too much memory
-    print(f"written: {path.relative_to(ROOT)}, {draw(results).relative_to(ROOT)}")
+    figure = draw(results, "search_step" if device.type == "cpu" else f"search_step-{device.type}")
+    print(f"written: {path.relative_to(ROOT)}, {figure.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

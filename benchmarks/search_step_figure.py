@@ -8,8 +8,8 @@ from ensemble.pictures import COLOURS, RULE, STYLE
 WORKS = {"architect": "architect step", "weights": "weight step", "iteration": "iteration", "evaluation": "evaluation"}
 
 
-def draw(results: dict) -> Path:
-    """Write img/search_step.svg."""
+def draw(results: dict, name: str) -> Path:
+    """Write img/NAME.svg."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
     with defaults(), rc_context(STYLE):
@@ -21,7 +21,7 @@ def draw(results: dict) -> Path:
         _bars(parts[0].subplots(), results["settings"])
         for axes, name in zip(parts[1].subplots(1, len(varied)) if varied else [], varied):
             _growth(axes, name, [curve for curve in curves if curve["varied"] == name])
-        return save_figure(figure, ROOT / "img" / "search_step.svg", 200, {"Title": "The search step",
+        return save_figure(figure, ROOT / "img" / f"{name}.svg", 200, {"Title": "The search step",
                            "Description": "Speed against a textbook implementation, and growth of the time"})
 
 
