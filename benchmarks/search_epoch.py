@@ -26,6 +26,7 @@ from cnn_space1.model_search import Network
 from conas import search as searching
 from conas.cli import find_device, parse
 from conas.data import load
+from conas.graphs import Replayed
 from conas.sources import READERS
 from conas.spaces import Space
 from conas.streams import Stream
@@ -72,7 +73,8 @@ def measure(flags: list[str], steps: int | None, device: torch.device) -> dict:
 
     class TimedArchitect(Architect):
         def step(self, *arguments):
-            return clock.timed("alpha steps", super().step)(*arguments)
+            step = super().step
+            return step(*arguments) if device.type == "cuda" else clock.timed("alpha steps", step)(*arguments)
 
     class CutStream(Stream):
         def __init__(self, *arguments, **settings):
@@ -82,7 +84,14 @@ def measure(flags: list[str], steps: int | None, device: torch.device) -> dict:
     READERS["cifar10"] = random_images
     searching.load = clock.timed("loading", load)
     searching.Stream = CutStream
-    searching.weight_step = clock.timed("weight steps", searching.weight_step)
+    if device.type == "cuda":  # nothing inside of a graph can be timed
+        class TimedGraph(Replayed):
+            def __call__(self, *arguments):
+                return clock.timed("iterations", super().__call__)(*arguments)
+
+        searching.Replayed = TimedGraph
+    else:
+        searching.weight_step = clock.timed("weight steps", searching.weight_step)
     searching.validate = clock.timed("whole validation", searching.validate)
     searching.finish = clock.timed("pictures", searching.finish)
     searching.write_epoch = clock.timed("checkpoint", searching.write_epoch)
@@ -94,7 +103,7 @@ def measure(flags: list[str], steps: int | None, device: torch.device) -> dict:
 
 def shares(seconds: dict, steps: int) -> dict:
     """In percent: of the steps alone, and of the whole epoch with its validation and checkpoint."""
-    model_steps = seconds["alpha steps"] + seconds["weight steps"]
+    model_steps = sum(seconds.get(name, 0.0) for name in ("alpha steps", "weight steps", "iterations"))
     once = seconds["whole validation"] + seconds["checkpoint"]
     all_steps = seconds["all"] - seconds["loading"] - seconds["pictures"] - once
     return {"steps": steps, "seconds_per_step": all_steps / steps, "seconds": seconds,

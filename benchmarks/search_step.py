@@ -10,113 +10,41 @@ The textbook is benchmarks/textbook.py: a module for every primitive on every ed
 step, NCHW. Ours is what train_search.py runs. First the hypergradients of both are compared in float64. Then both take
 turns in one process, on the same random images of 32x32 pixels in float32: an architect step, a weight step and an
 evaluation (no gradients, --eval_batch images). Each round gives one ratio of each; printed are medians and quartiles.
-On CUDA, our iteration is what --cuda_graph makes of both steps; the steps are also timed by themselves, without a graph.
-Memory is that of two iterations in a process of its own, less what the import of torch takes. Writes
-benchmarks/results/search_step-DEVICE.json, which keeps the last result of every setting, and draws img/search_step.svg,
-or img/search_step-cuda.svg.
+On CUDA, ours are graphs, as in train_search.py and test_all.py; steps by themselves are not. Memory is that of
+two iterations in a process of its own, less what the import of torch takes; on CUDA, of tensors. Calls and FLOPs are
+counted on the CPU only. Writes benchmarks/results/search_step-DEVICE.json, which keeps the last result of every
+setting, and draws img/search_step.svg, or img/search_step-cuda.svg.
 """
 import argparse
+import gc
 import json
 import math
 import time
 from collections.abc import Callable
-from importlib import import_module
 
 import torch
 
-from benchmarks import textbook
+from benchmarks.contestant import Contestant, iterate
 from benchmarks.counts import ROOT, flops, matmul_peak, memory_in_child, operator_calls, peak_memory
 from benchmarks.machine import RESULTS, machine, several, spread, write
 from benchmarks.search_step_figure import draw
 from conas.cli import find_device
-from conas.config import WeightOptions
-from conas.graphs import WARM_UP, Replayed, on_device
 from conas.memory import keep_freed_memory
-from conas.search import weight_optimizer, weight_step
 from conas.speed import set_tf32
 
-RECIPE = WeightOptions()
 WORKS = "architect", "weights", "evaluation"
 GROWTH = {"batch_size": (8, 16, 32, 64), "channels": (8, 16, 32), "layers": (5, 8, 11, 14)}
 BASE = {"channels": 8, "layers": 5, "batch_size": 16}  # of --growth
 TOLERANCE = 1e-9
 
 
-class Contestant:
-    """One implementation of a space's search on random batches of its own; `works` are what is timed."""
-
-    def __init__(self, name: str, space: str, channels: int, layers: int, batch_size: int, eval_batch: int = 0,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, image_size: int = 32,
-                 seed: int = 0):
-        torch.manual_seed(seed)
-        ours = import_module(f"{space}.model_search").Network(channels, 10, layers)
-        ours.to(device, dtype)
-        torch.manual_seed(seed + 1)
-        batches = [torch.randn(n, 3, image_size, image_size, dtype=torch.float64).to(device, dtype)
-                      for n in (batch_size, batch_size, eval_batch)]
-        labels = torch.randint(10, (2, batch_size)).to(device)
-        if name == "ours":
-            batches = [x.contiguous(memory_format=torch.channels_last) for x in batches]
-            self.network = ours.to(memory_format=torch.channels_last)
-            optimizer = weight_optimizer(ours, RECIPE)
-            architect = import_module(f"{space}.architect").Architect(ours, optimizer)
-        else:
-            self.network = textbook.Network(ours.primitives, channels, 10, layers).to(device, dtype)
-            self.network.load_state_dict(ours.state_dict())
-            optimizer = textbook.weight_optimizer(self.network, RECIPE.learning_rate)
-            architect = textbook.Architect(self.network)
-        train, valid, images = (batches[0], labels[0]), (batches[1], labels[1]), batches[2]
-        rate = RECIPE.learning_rate
-
-        def evaluation():
-            self.network.eval()
-            with torch.inference_mode():
-                self.network(images)
-            self.network.train()
-
-        if name == "ours":
-            self.works = {"architect": lambda: architect.step(train, valid, rate),
-                          "weights": lambda: weight_step(ours, optimizer, train, RECIPE.grad_clip)}
-        else:
-            self.works = {"architect": lambda: architect.step(train, valid, rate, optimizer),
-                          "weights": lambda: textbook.weight_step(self.network, optimizer, train, RECIPE.grad_clip)}
-        self.works["evaluation"] = evaluation
-        self.graph = None
-        if name == "ours" and train[0].device.type == "cuda":
-            for own in (optimizer, architect.alpha_optimizer):
-                on_device(own, True)
-
-            def iterate(train, valid, lr):
-                architect.step(train, valid, lr)
-                return weight_step(ours, optimizer, train, RECIPE.grad_clip)
-
-            replayed = Replayed(iterate, optimizer, batch_size, train[0].device, self)
-            self.graph = lambda: replayed(train, valid, rate)
-
-    def log(self, text: str) -> None:
-        """Of a graph that cannot be recorded."""
-        raise SystemExit(text)
-
-    def iteration(self) -> None:
-        """As train_search.py takes it: at once if there is a graph, which is recorded in the fourth one."""
-        if self.graph:
-            self.graph()
-        else:
-            self.works["architect"]()
-            self.works["weights"]()
-
-    def hypergradient(self) -> torch.Tensor:
-        """Of an architect step, which this takes."""
-        self.works["architect"]()
-        return torch.cat([alpha.grad.flatten() for alpha in self.network.alphas().values()])
-
-
 def disagreement(space: str, device: torch.device) -> float:
     """The relative distance of both hypergradients in float64, after one iteration, on a small network."""
     contestants = [Contestant(name, space, 4, 3, 4, device=device, dtype=torch.float64, image_size=16)
                    for name in ("textbook", "ours")]
-    for contestant in contestants:
-        contestant.iteration()
+    for contestant in contestants:  # without a graph, whose learning rate is in float32
+        for work in WORKS[:2]:
+            contestant.works[work]()
     expected, ours = (contestant.hypergradient() for contestant in contestants)
     return ((ours - expected).norm() / expected.norm()).item()
 
@@ -148,8 +76,9 @@ def race(sizes: dict, works: tuple[str, ...], rounds: int, device: torch.device)
     if graph := contestants["ours"].graph:
         contestants["ours"].works["graph"] = graph
         taken["ours"]["graph"] = []
-        for _ in range(WARM_UP + 1):
-            graph()
+        iterate(contestants["ours"])
+        for _ in range(2):  # which records one
+            contestants["ours"].works["evaluation"]()
     for turn in range(-1, rounds):  # the first round warms up
         for name in sorted(contestants, reverse=turn % 2 == 0):
             for work in taken[name]:
@@ -166,6 +95,9 @@ def race(sizes: dict, works: tuple[str, ...], rounds: int, device: torch.device)
 
 def compare(sizes: dict, rounds: int, device: torch.device, kept: bool) -> dict:
     """All figures of one setting."""
+    if device.type == "cuda":
+        peaks = {name: memory_on_gpu(name, sizes, device) for name in ("textbook", "ours")}
+        return race(sizes, WORKS, rounds, device) | {"peak_bytes": peaks}
     result = race(sizes, WORKS, rounds, device)
     for count in operator_calls, flops:
         result[count.__name__] = {}
@@ -183,6 +115,16 @@ def compare(sizes: dict, rounds: int, device: torch.device, kept: bool) -> dict:
               f"--threads={torch.get_num_threads()}", "--keep_freed_memory" if kept else "--no-keep_freed_memory"]
     result["peak_bytes"] = {name: memory_in_child([*flags, f"--memory_of={name}"]) for name in ("textbook", "ours")}
     return result
+
+
+def memory_on_gpu(name: str, sizes: dict, device: torch.device) -> int:
+    """Bytes of tensors at the peak of some iterations, among them the recording of a graph."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    iterate(Contestant(name, **sizes, device=device))
+    return peak_memory(device) - before
 
 
 def grow(spaces: list[str], rounds: int, device: torch.device) -> list[dict]:
@@ -214,9 +156,12 @@ def report(result: dict) -> str:
     lines = [f"{name}: {value['median']:.2f} times the textbook's speed (quartiles {value['quartiles'][0]:.2f} to "
              f"{value['quartiles'][1]:.2f})" for name, value in result["textbook_over_ours"].items()]
     ours, baseline = result["peak_bytes"]["ours"], result["peak_bytes"]["textbook"]
+    lines += [f"peak memory: {ours / 1e9:.2f} GB, {ours / baseline:.2f} of the textbook's"]
+    if "operator_calls" not in result:
+        iteration = result["seconds"]["ours"]["iteration"]["median"]
+        return "\n".join(f"  {line}" for line in [*lines, f"an iteration, one graph: {1e3 * iteration:.1f} ms"])
     calls = {name: of["architect"] for name, of in result["operator_calls"].items()}
-    lines += [f"peak memory: {ours / 1e9:.2f} GB, {ours / baseline:.2f} of the textbook's",
-              f"operator calls of an architect step: {calls['ours']}, {calls['ours'] / calls['textbook']:.2f} of the "
+    lines += [f"operator calls of an architect step: {calls['ours']}, {calls['ours'] / calls['textbook']:.2f} of the "
               "textbook's", f"share of the matmul peak: {result['share_of_matmul_peak']['ours']:.0%} (textbook "
               f"{result['share_of_matmul_peak']['textbook']:.0%})"]
     return "\n".join(f"  {line}" for line in lines)
@@ -243,8 +188,7 @@ def main() -> None:
         before = peak_memory(device)
         contestant = Contestant(options.memory_of, options.spaces[0], options.channels, options.layers,
                                 options.batch_sizes[0], device=device)
-        for _ in range(WARM_UP + 2 if contestant.graph else 2):
-            contestant.iteration()
+        iterate(contestant)
         print(peak_memory(device) - before)
         return
 

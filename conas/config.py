@@ -113,7 +113,7 @@ class SpeedOptions:
     tf32: bool = option(False, "on a GPU, let float32 products and convolutions round to TF32; all passes")
     compile: bool = option(False, "cells by torch.compile, if that gives the same numbers and is faster; takes minutes")
     checkpoint_cells: bool = option(False, "less memory, more time: compute each cell again for its gradient")
-    cuda_graph: bool = option(False, "on a GPU, every iteration as one graph")
+    cuda_graph: bool | None = option(None, "every iteration as one graph (default: on a GPU, but for --compile)")
 
 
 # What the paper trains derived networks with, on CIFAR-10 and on ImageNet; without gamma, a cosine ends at 0.

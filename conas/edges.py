@@ -17,12 +17,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import avg_pool2d, conv2d, max_pool2d, pad
+from torch.nn.functional import conv2d, max_pool2d, pad
 
+from conas.pooling import average_pool
 from conas.statistics import Statistics
 
 POOLS = {"max_pool_3x3": lambda x, stride: max_pool2d(x, 3, stride, 1),
-         "avg_pool_3x3": lambda x, stride: avg_pool2d(x, 3, stride, 1, count_include_pad=False)}
+         "avg_pool_3x3": average_pool}
 
 
 class Packs(NamedTuple):

@@ -4,7 +4,7 @@ import hashlib
 import io
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,14 @@ from conas.config import STAGES, StageOptions, TestOptions
 from conas.data import ImageSet, load
 from conas.errors import InputError
 from conas.files import atomic_path, check_regular, check_zip, write_text
+from conas.graphs import ReplayedForward, capture
 from conas.run import best_checkpoint, folder_name, list_checkpoints
 from conas.sources import is_split_here
 from conas.spaces import Space
 from conas.splits import stratified_split
 
 TOGETHER = 8  # networks in memory at a time
+MANY = 8  # batches from which on it pays to record a graph
 
 
 def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
@@ -124,6 +126,9 @@ def predict_all(networks: Sequence[nn.Module], images: ImageSet, batch_size: int
     own = indices[distributed.part(len(indices))]
     batches = tqdm(images.batches(batch_size, device, own, workers, crop) if len(own) else (), desc="images",
                    unit="batch", delay=3, total=-(-len(own) // batch_size), leave=False, disable=distributed.quiet())
+    if device.type == "cuda" and len(own) >= MANY * batch_size:
+        memory = torch.cuda.graph_pool_handle()  # one for all: they take turns
+        networks = [ReplayedForward(network, device, partial(capture, pool=memory)) for network in networks]
     logits = [[network(x).float() for network in networks] for x, _ in batches]
     parts = distributed.gather([torch.cat(of_one).cpu() for of_one in zip(*logits)])
     return [torch.cat(of_one) for of_one in zip(*filter(None, parts))]

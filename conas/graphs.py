@@ -1,4 +1,5 @@
-"""A whole iteration of the search as one CUDA graph: recorded once, then launched at once for every full batch.
+"""A whole iteration of the search, or a pass of evaluation, as one CUDA graph: recorded once, then launched at once for
+every full batch.
 
 A graph repeats the same kernels on the same addresses. So batches are copied into fixed tensors, the learning rate is a
 tensor on the device, and the short last batch of an epoch goes on as usual. The first iterations go on as usual too:
@@ -22,34 +23,34 @@ class Replayed:
     """An `iterate` (train batch, valid batch, learning rate) that is replayed for batches of `size` images.
 
     `iterate` must not look at values on the host, and reads the learning rate from its argument and from `optimizer`.
-    `capture` takes a function without arguments; it returns what repeats it, and the tensors that then hold its
-    results. If it raises RuntimeError, the run's log says so, and iterations go on as usual.
+    `record` stands in for `capture`. If it raises RuntimeError, the run's log says so, and iterations go on as usual.
     """
 
     def __init__(self, iterate: Iterate, optimizer: torch.optim.Optimizer, size: int, device: torch.device, run: Run,
-                 capture: Callable | None = None):
+                 record: Callable | None = None):
         self.iterate, self.optimizer, self.size, self.run = iterate, optimizer, size, run
-        self.capture = capture or _capture
+        self.record = record or capture
         self.rate = torch.zeros((), device=device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.seen, self.inputs, self.replay, self.results = 0, None, None, None
 
     def __call__(self, train: Batch, valid: Batch, lr: float) -> tuple[Tensor, ...] | None:
         self.rate.fill_(lr)
         self.optimizer.param_groups[0]["lr"] = self.rate
         self.seen += 1
-        if self.capture is not None and self.seen <= WARM_UP:
-            return _aside(lambda: self.iterate(train, valid, self.rate), self.rate.device)
-        if self.capture is None or len(train[1]) < self.size:
+        if self.record is not None and self.seen <= WARM_UP:
+            return _aside(lambda: self.iterate(train, valid, self.rate), self.stream)
+        if self.record is None or len(train[1]) < self.size:
             return self.iterate(train, valid, self.rate)
         if self.replay is None:
             self.inputs = [tensor.clone() for tensor in (*train, *valid)]
             try:
-                self.replay, self.results = self.capture(
+                self.replay, self.results = self.record(
                     lambda: self.iterate(self.inputs[:2], self.inputs[2:], self.rate))
             except RuntimeError as error:
                 self.run.log(f"--cuda_graph: the iteration cannot be recorded ({str(error).strip().splitlines()[0]}); "
                              "the search goes on without a graph")
-                self.capture = None
+                self.record = None
                 return self.iterate(train, valid, self.rate)
         for own, tensor in zip(self.inputs, (*train, *valid)):
             own.copy_(tensor, non_blocking=True)
@@ -57,22 +58,54 @@ class Replayed:
         return self.results
 
 
-def _aside(function: Callable, device: torch.device):
-    """Run `function` on a stream of its own, as a recording will: autograd remembers streams."""
-    if device.type != "cuda":
+class ReplayedForward:
+    """A network for many batches of images in evaluation mode, and without gradients, on a CUDA device.
+
+    From the second batch of the first one's shape on, a graph is replayed. A network that cannot be recorded goes on
+    as usual. `record` stands in for `capture`.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor], device: torch.device, record: Callable | None = None):
+        self.network, self.record = network, record or capture
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.images, self.replay, self.results = None, None, None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.images is None:
+            self.images = images.clone()
+            return _aside(lambda: self.network(images), self.stream)
+        if self.record is None or images.shape != self.images.shape:
+            return self.network(images)
+        self.images.copy_(images, non_blocking=True)
+        if self.replay is None:
+            try:
+                self.replay, self.results = self.record(lambda: self.network(self.images))
+            except RuntimeError:
+                self.record = None
+                return self.network(images)
+        self.replay()
+        return self.results.clone()
+
+
+def _aside(function: Callable, stream: "torch.cuda.Stream | None"):
+    """Run `function` on another stream, as a recording will: autograd remembers streams."""
+    if stream is None:
         return function()
-    stream = torch.cuda.Stream(device)
-    stream.wait_stream(torch.cuda.current_stream(device))
+    here = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(here)
     with torch.cuda.stream(stream):
         results = function()
-    torch.cuda.current_stream(device).wait_stream(stream)
+    here.wait_stream(stream)
     return results
 
 
-def _capture(function: Callable[[], tuple[Tensor, ...]]) -> tuple[Callable[[], None], tuple[Tensor, ...]]:
-    """Record the kernels of `function`; they do not run yet."""
+def capture(function: Callable, pool: tuple | None = None) -> tuple[Callable[[], None], tuple[Tensor, ...] | Tensor]:
+    """Record the kernels of `function`; they do not run yet. Graphs that take turns can share a memory pool.
+
+    Returns what repeats them, and the tensors that then hold the results.
+    """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, pool=pool):
         results = function()
     return graph.replay, results
 

@@ -6,7 +6,6 @@ of BatchNorm. So a constant in a state's gradient has no effect, and once it has
 a BatchNorm into that state is free of it.
 """
 from collections.abc import Iterator
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -30,11 +29,11 @@ from conas.depthwise import (
 from conas.edges import MixedEdges, Packs, Room, images, pooled, square, states
 from conas.folded import EPS, in_rows
 from conas.fused import Tape
+from conas.pooling import average_pool_back
 from conas.statistics import Statistics
 from conas.synced import centred_back, constant, normalise
 
 aten = torch.ops.aten
-POOLS_BACK = ("cpu",)  # devices whose gradient of average pooling can be trusted with channels last: CUDA's is wrong
 threshold_backward = aten.threshold_backward.grad_input
 
 
@@ -226,32 +225,11 @@ def _pool(name, x, out, indices):
 
 def _pool_back(name, grad, x, stride, indices, out):
     """Into `out`, the gradient by the images x, of which only the shape is read."""
-    window = [3, 3], [stride] * 2, [1, 1]
     if name == "max_pool_3x3":
-        aten.max_pool2d_with_indices_backward.grad_input(grad, x, *window, [1, 1], False, images(indices),
-                                                         grad_input=out)
-    elif x.device.type in POOLS_BACK:
-        aten.avg_pool2d_backward.grad_input(grad, x, *window, False, False, None, grad_input=out)
+        aten.max_pool2d_with_indices_backward.grad_input(grad, x, [3, 3], [stride] * 2, [1, 1], [1, 1], False,
+                                                         images(indices), grad_input=out)
     else:
-        _average_back(grad, stride, out)
-
-
-def _average_back(grad, stride, out):
-    """The same by average pooling: every pixel gets the sum, of the windows it is in, of their shares."""
-    H, W = out.shape[2:]
-    shares = torch.addcmul(grad, grad, _fewer(H, W, stride, grad.dtype, grad.device))
-    if stride == 2:
-        apart = shares.new_zeros(out.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
-        apart[:, :, ::2, ::2] = shares
-        shares = apart
-    aten.avg_pool2d.out(shares, [3, 3], [1, 1], [1, 1], False, True, None, out=out)
-
-
-@lru_cache
-def _fewer(H: int, W: int, stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """(H', W'): 9 / n - 1, of windows of 3x3 pixels that have n inside of the image."""
-    inside = torch.nn.functional.avg_pool2d(torch.ones(1, H, W, dtype=torch.float64), 3, stride, 1)
-    return (1 / inside[0] - 1).to(device, dtype)
+        average_pool_back(grad, x, stride, out)
 
 
 def _unsquare(weight: Tensor | None) -> Tensor | None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from conas.depthwise import DepthwiseConv2d
+from conas.pooling import AveragePool
 
 
 class ReLUConvBN(nn.Module):
@@ -99,7 +100,7 @@ def _conv_7x1_1x7(C: int, stride: int, affine: bool) -> nn.Module:
 OPERATIONS = {
     "none": lambda C, stride, affine: Zero(stride),
     "max_pool_3x3": lambda C, stride, affine: nn.MaxPool2d(3, stride, padding=1),
-    "avg_pool_3x3": lambda C, stride, affine: nn.AvgPool2d(3, stride, padding=1, count_include_pad=False),
+    "avg_pool_3x3": lambda C, stride, affine: AveragePool(stride),
     "skip_connect": lambda C, stride, affine: nn.Identity() if stride == 1 else FactorizedReduce(C, C, affine),
     "sep_conv_3x3": lambda C, stride, affine: SepConv(C, 3, stride, affine),
     "sep_conv_5x5": lambda C, stride, affine: SepConv(C, 5, stride, affine),

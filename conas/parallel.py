@@ -11,7 +11,9 @@ def at_once(device: torch.device, first: Callable[[], Result], second: Callable[
     """The results of two functions, neither of which needs what the other does.
 
     While a CUDA graph is recorded, they go to streams of their own, and the graph runs them side by side: small kernels
-    leave most of a GPU idle. Elsewhere, where the host gives out the work one call at a time, one comes after the other.
+    leave most of a GPU idle. Elsewhere the host gives out the work, one call at a time, and is what takes the time.
+
+    What `first` needs must outlive both: memory that it sets free is reused by `second`.
     """
     if device.type != "cuda" or not torch.cuda.is_current_stream_capturing():
         return first(), second()

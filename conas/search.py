@@ -140,7 +140,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
             compile_cells(network, (weights.batch_size, images.info.channels, *[images.info.image_size] * 2), run)
         if speed.checkpoint_cells:
             network.run_cell = checkpointed(network.run_cell)
-        graph = speed.cuda_graph and graph_fits(device, skip, run)
+        graph = device.type == "cuda" and not speed.compile if speed.cuda_graph is None else speed.cuda_graph
+        graph = graph and graph_fits(device, skip, run)
         for own in (optimizer, architect.alpha_optimizer):
             on_device(own, graph)
         if graph:

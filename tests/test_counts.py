@@ -4,8 +4,8 @@ import json
 import torch
 from torch.nn.functional import conv2d
 
+from benchmarks.contestant import Contestant
 from benchmarks.counts import flops, operator_calls
-from benchmarks.search_step import Contestant
 from tests.conftest import clone
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.parity import FLOAT32, read_fixture, recurrent_quantities, relative_error, search_quantities
+from tests.parity import FLOAT32, main, read_fixture, recurrent_quantities, relative_error, search_quantities
 
 FIXTURES = sorted(Path(__file__).parent.glob("*_seed0.npz"))
 
@@ -31,3 +31,9 @@ def test_float32_logits(path):
     quantities = recurrent_quantities if "nhid" in fixture else search_quantities
     name, logits, _ = next(iter(quantities(fixture, torch.float32)))
     assert relative_error(logits, fixture[name]) < FLOAT32
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("path", FIXTURES, ids=lambda path: path.stem)
+def test_float64_on_a_gpu(path):
+    assert main(["--device", "cuda", str(path)]) == 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from benchmarks.search_step import Contestant
+from benchmarks.contestant import Contestant
 from conas.statistics import Statistics
 from conas.synced import Pool, centred_back, normalise, normalise_back, unbiased_variance
 from tests.parity import fill, set_alphas

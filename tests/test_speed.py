@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conas import search, speed
 from conas.checkpoint import load
 from conas.errors import InputError
-from conas.graphs import WARM_UP, Replayed, graph_fits, on_device
+from conas.graphs import WARM_UP, Replayed, ReplayedForward, graph_fits, on_device
 from conas.search import weight_step
 from conas.speed import checkpointed, compile_cells, compiled
 from conas.supernet import Supernet
@@ -277,7 +277,7 @@ def test_replayed_iterations_are_the_same(plain, tmp_path, monkeypatch):
 
     class OnCPU(Replayed):
         def __init__(self, *arguments):
-            super().__init__(*arguments, capture=capture)
+            super().__init__(*arguments, record=capture)
             assert WARM_UP == 3
             self.seen = 2  # so that a replay comes before the short batch, the third of an epoch
 
@@ -308,6 +308,29 @@ def test_graphs_elsewhere_and_graphs_that_fail(plain, tmp_path):
     results = [iterate(*batches, 0.5 * i) for i in range(WARM_UP + 3)]
     assert [float(lr) for lr, _ in results] == [0.5 * i for i in range(WARM_UP + 3)]
     assert len(run.lines) == 2 and "operation not permitted" in run.lines[1]
+
+
+def recording(function):
+    """A stand-in for a graph: each replay computes again, into the same memory."""
+    results = function().clone()
+    return lambda: results.copy_(function()), results
+
+
+def refusing(function):
+    raise RuntimeError("operation not permitted")
+
+
+@pytest.mark.parametrize("record", [recording, refusing])
+def test_evaluation_by_a_graph(record):
+    network, *_ = problem()
+    network.eval()
+    with torch.inference_mode():
+        forward = ReplayedForward(network, torch.device("cpu"), record)
+        batches = [torch.randn(n, 3, 8, 8) for n in (4, 4, 4, 3, 4)]
+        outputs = [forward(x) for x in batches]
+        for x, y in zip(batches, outputs):
+            torch.testing.assert_close(y, network(x))
+    assert (forward.replay is None) == (record is refusing)
 
 
 def test_nothing_in_an_iteration_waits_for_the_device():
@@ -344,7 +367,8 @@ def test_optimizers_on_the_device_and_back():
 @GPU
 def test_a_cuda_graph_gives_the_numbers_of_the_iteration(tmp_path):
     cuda = ["--device", "cuda", "--epochs", "3", "--deterministic"]
-    (expected, _), (state, log) = run_search(tmp_path / "a", *cuda), run_search(tmp_path / "b", *cuda, "--cuda_graph")
+    expected, _ = run_search(tmp_path / "a", *cuda, "--no-cuda_graph")
+    state, log = run_search(tmp_path / "b", *cuda)
     assert "--cuda_graph" not in log
     for name, entry in expected.items():
         torch.testing.assert_close(state[name], entry, rtol=1e-3, atol=1e-4, msg=name)
@@ -354,3 +378,17 @@ def test_a_cuda_graph_gives_the_numbers_of_the_iteration(tmp_path):
 def test_compiled_cells_on_cuda(tmp_path):
     _, log = run_search(tmp_path, "--device", "cuda", "--compile")
     assert "a gradient takes" in log
+
+
+@GPU
+@torch.inference_mode()
+def test_evaluation_by_a_graph_on_cuda():
+    network, *_ = problem()
+    device = torch.device("cuda")
+    network.to(device, memory_format=torch.channels_last).eval()
+    forward = ReplayedForward(network, device)
+    batches = [torch.randn(n, 3, 8, 8, device=device) for n in (4, 4, 4, 3, 4)]
+    outputs = [forward(x) for x in batches]
+    assert forward.replay is not None
+    for x, y in zip(batches, outputs):
+        torch.testing.assert_close(y, network(x), rtol=1e-4, atol=1e-5)

@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks import textbook
-from conas import depthwise, folded, mixed
+from conas import depthwise, folded, pooling
 from conas.fused import by_hand, twice_differentiable
 from conas.genotype import NODES
 from conas.supernet import Supernet, constant_alphas, frozen_statistics
@@ -33,7 +33,7 @@ def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format
         monkeypatch.setattr(depthwise, "SMALL", 0)
     elif way == "as on a GPU":
         monkeypatch.setattr(depthwise, "FAST_DILATED", ())
-        monkeypatch.setattr(mixed, "POOLS_BACK", ())
+        monkeypatch.setattr(pooling, "RIGHT", ())
         for name in "CHUNK", "WIDTH":
             monkeypatch.setattr(folded, name, {})
     network, oracle = pair(space)
