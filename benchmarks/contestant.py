@@ -51,7 +51,8 @@ class Contestant:
                           "weights": lambda: textbook.weight_step(self.network, optimizer, train, RECIPE.grad_clip)}
         self.works["evaluation"] = evaluation
         self.graph, forward = None, self.network
-        if name == "ours" and train[0].device.type == "cuda":
+        if name == "ours" and train[0].device.type == "cuda" and dtype == torch.float32:
+            # not in float64, which is for comparing: an Adam that a graph can hold corrects its bias in float32
             forward = ReplayedForward(ours, train[0].device)
             for own in (optimizer, architect.alpha_optimizer):
                 on_device(own, True)

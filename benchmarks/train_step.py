@@ -24,8 +24,8 @@ from benchmarks.machine import machine, several, spread, write
 from conas.cli import find_device
 from conas.config import RecipeOptions
 from conas.data import DATASETS, DataInfo, ImageSet
-from conas.depthwise import DepthwiseConv2d
 from conas.networks import NetworkCIFAR
+from conas.operations import DepthwiseConv2d
 from conas.progress import Course
 from conas.published import GENOTYPES
 from conas.speed import find_precision

@@ -20,10 +20,8 @@ from itertools import chain
 from math import prod
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import conv2d, pad
-
-from conas.fused import Tape, by_hand
 
 FAST_DILATED = ("cpu",)  # devices whose library has a fast kernel for dilated convolutions; not for their gradients
 SMALL = 2**21  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
@@ -273,31 +271,3 @@ def _taps(k: int, H: int, W: int, stride: int, dilations: tuple[int, ...], dtype
         return taps / at.shape[1]
 
     return torch.cat([torch.kron(along(H, d), along(W, d)) for d in dilations]).neg_().to(device)
-
-
-class DepthwiseConv2d(nn.Conv2d):
-    """One k x k kernel for each of C channels, k odd, "same" padding: (N, C, H, W) to (N, C, ceil(H/stride), ...)."""
-
-    def __init__(self, C: int, kernel_size: int, stride: int, padding: int, dilation: int):
-        super().__init__(C, C, kernel_size, stride, padding, dilation, groups=C, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # other devices and autocast's dtypes have kernels that are good as they are
-        plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if plain and self.stride == (1, 1) and torch.is_grad_enabled():
-            return by_hand(self._run, x, self.weight)
-        return super().forward(x)
-
-    def _run(self, tape: Tape, x: Tensor, weight: Tensor):
-        x_wanted, weight_wanted = tape.wanted
-        out, shape = super().forward(x), x.permute(0, 2, 3, 1)[None].shape
-        kept, kept_weight, dilation = tape.keep(x if weight_wanted else None), tape.keep(weight), self.dilation[0]
-
-        def back(grad):
-            states = kept().permute(0, 2, 3, 1)[None] if weight_wanted else None
-            weight = kept_weight()
-            d_x, d_weight = convolve_back(grad.permute(0, 2, 3, 1)[None], shape, states, [weight], [weight.flip(2, 3)],
-                                          1, dilation, x_wanted)
-            return d_x[0].permute(0, 3, 1, 2) if x_wanted else None, d_weight[0] if weight_wanted else None
-
-        return out, back

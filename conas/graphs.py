@@ -105,7 +105,7 @@ def capture(function: Callable, pool: tuple | None = None) -> tuple[Callable[[],
     Returns what repeats them, and the tensors that then hold the results.
     """
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may load images
         results = function()
     return graph.replay, results
 

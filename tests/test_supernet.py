@@ -11,6 +11,7 @@ from benchmarks import textbook
 from conas import depthwise, folded, pooling
 from conas.fused import by_hand, twice_differentiable
 from conas.genotype import NODES
+from conas.operations import DepthwiseConv2d
 from conas.supernet import Supernet, constant_alphas, frozen_statistics
 from tests.parity import fill
 
@@ -99,6 +100,22 @@ def test_gradients_of_depthwise_convolutions_of_maps_of_their_own(small, monkeyp
     y = torch.randn(6, 2, 6, 8, 4, dtype=torch.float64, requires_grad=True)
     kernels = [torch.randn(3 * 4, 1, k, k, dtype=torch.float64, requires_grad=True) for k in (3, 5)]
     assert torch.autograd.gradcheck(partial(by_hand, run), (y, *kernels), fast_mode=True, check_undefined_grad=False)
+
+
+@pytest.mark.parametrize("fast", [("cpu",), ()])  # as on a CPU, as on a GPU
+@pytest.mark.parametrize("size", [(8, 6), (5, 8)])
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("k", [3, 5])
+def test_dilated_convolutions_of_derived_networks(k, stride, size, fast, monkeypatch):
+    monkeypatch.setattr(depthwise, "FAST_DILATED", fast)
+    torch.manual_seed(0)
+    module = DepthwiseConv2d(4, k, stride, k - 1, 2).double()
+    x = torch.randn(3, 4, *size, dtype=torch.float64, requires_grad=True)
+    found, expected = module(x), torch.nn.functional.conv2d(x, module.weight, None, stride, k - 1, 2, 4)
+    grad = torch.randn_like(expected)
+    for ours, of_torch in zip((found, *torch.autograd.grad(found, [x, module.weight], grad)),
+                              (expected, *torch.autograd.grad(expected, [x, module.weight], grad))):
+        torch.testing.assert_close(ours, of_torch, rtol=1e-12, atol=1e-13)
 
 
 def test_constant_alphas_change_no_gradient_of_the_weights():
