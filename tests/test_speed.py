@@ -1,5 +1,6 @@
 """Options of speed and memory: what each must change, and what none may."""
 import json
+import os
 import time
 from importlib import import_module
 from operator import call
@@ -375,6 +376,7 @@ def test_a_cuda_graph_gives_the_numbers_of_the_iteration(tmp_path):
 
 
 @GPU
+@pytest.mark.skipif("CONAS_SLOW" not in os.environ, reason="compiling takes minutes: CONAS_SLOW=1")
 def test_compiled_cells_on_cuda(tmp_path):
     _, log = run_search(tmp_path, "--device", "cuda", "--compile")
     assert "a gradient takes" in log
