@@ -19,8 +19,8 @@ def draw(results: dict, name: str) -> Path:
                         layout="constrained")
         parts = figure.subfigures(2, height_ratios=(1, 1)) if varied else [figure]
         _bars(parts[0].subplots(), results["settings"])
-        for axes, name in zip(parts[1].subplots(1, len(varied)) if varied else [], varied):
-            _growth(axes, name, [curve for curve in curves if curve["varied"] == name])
+        for axes, of in zip(parts[1].subplots(1, len(varied)) if varied else [], varied):
+            _growth(axes, of, [curve for curve in curves if curve["varied"] == of])
         return save_figure(figure, ROOT / "img" / f"{name}.svg", 200, {"Title": "The search step",
                            "Description": "Speed against a textbook implementation, and growth of the time"})
 
