@@ -49,8 +49,9 @@ demo-rnn: .venv/.core
 	for seed in 1 2; do (cd rnn && ../$(BIN)/python test.py --save demo-$$seed) || exit; done
 	$(BIN)/python test_ensemble.py --task language --save demo --members 'rnn/train-demo-*/checkpoints/best.pt'
 
+# In the order of names: xdist's own order leaves the files of few, long tests for the end, when the other core is idle.
 test: .venv/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 # Kill a search and a training at every place that matters and start them again: about ten minutes.
 torture: .venv/.dev

@@ -48,13 +48,21 @@ def write_runs(root: Path, dataset: str, data: str, image_size: int | None, subs
             checkpoints.save(folder / "checkpoints" / f"epoch_{epoch:03d}.pt", checkpoint)
 
 
+_tested: list[Path] = []  # once in a process
+
+
 @pytest.fixture(scope="module")
 def committee_clone(bare_clone, tmp_path_factory) -> Clone:
     """A clone with a committee of three members on digits, tested by test_ensemble.py."""
     root = tmp_path_factory.mktemp("committee") / "CoNAS"
+    if _tested:
+        shutil.copytree(_tested[0], root)
+        return Clone(root)
     shutil.copytree(bare_clone.root, root)
     write_runs(root, "digits", "data", None, 200, 2)
     clone = Clone(root)
     done = clone.run("test_ensemble.py")
     assert done.returncode == 0, done.stderr
+    _tested.append(tmp_path_factory.mktemp("tested") / "CoNAS")
+    shutil.copytree(root, _tested[0])
     return clone
