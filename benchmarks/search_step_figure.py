@@ -15,10 +15,10 @@ def draw(results: dict, name: str) -> Path:
     with defaults(), rc_context(STYLE):
         curves = results["growth"].get("curves", [])
         varied = list(dict.fromkeys(curve["varied"] for curve in curves))
-        figure = Figure(figsize=(9, 3.2 + 0.4 * len(results["settings"]) + 3 * bool(varied)), facecolor="white",
+        figure = Figure(figsize=(9, 3.2 + 0.4 * len(results["settings"]) + 4.5 * bool(varied)), facecolor="white",
                         layout="constrained")
         parts = figure.subfigures(2, height_ratios=(1, 1)) if varied else [figure]
-        _bars(parts[0].subplots(), results["settings"])
+        _bars(parts[0].subplots(), dict(sorted(results["settings"].items())))
         for axes, of in zip(parts[1].subplots(1, len(varied)) if varied else [], varied):
             _growth(axes, of, [curve for curve in curves if curve["varied"] == of])
         return save_figure(figure, ROOT / "img" / f"{name}.svg", 200, {"Title": "The search step",
@@ -45,13 +45,16 @@ def _bars(axes, settings: dict) -> None:
 
 
 def _growth(axes, varied: str, curves: list[dict]) -> None:
-    for i, curve in enumerate(curves):
+    from matplotlib.ticker import LogLocator
+    for i, curve in enumerate(sorted(curves, key=lambda curve: curve["space"])):
         for name, style in ("ours", "o-"), ("textbook", "o--"):
             label = f"{curve['space'].removeprefix('cnn_')}, {name}: exponent {curve['exponents'][name]:.2f}"
             axes.plot(curve["values"], curve["seconds"][name], style, color=COLOURS[i], label=label, markersize=3)
     axes.set(xscale="log", yscale="log", xlabel=varied.replace("_", " "), ylabel="seconds for an iteration")
     axes.set_xticks(curves[0]["values"], curves[0]["values"])
     axes.minorticks_off()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
     axes.grid(color=RULE)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(fontsize=6, frameon=False)
+    axes.legend(fontsize=7, frameon=False, loc="upper left", bbox_to_anchor=(-0.1, -0.2))
