@@ -21,8 +21,7 @@ from conas.statistics import Statistics
 from conas.synced import Pool, constant
 
 EPS = 1e-5  # of nn.BatchNorm2d
-CHUNK, WIDTH = {"cpu": 4096}, {"cpu": 1}  # pixels and channels at once, see `_products`; on GPUs:
-GPU_CHUNK, GPU_WIDTH = 512, 32
+PIECES, GPU_PIECES = {"cpu": (4096, 1)}, (512, 32)  # pixels and, at the least, channels at once: see `_products`
 
 
 class Folded:
@@ -122,14 +121,15 @@ def _scaled_product(a: Tensor, b: Tensor, by: float) -> Tensor:
 def _products(pairs: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
     """Sums over pixels of the products of channels, for pairs of rows (K, P, C): (all K, C, C).
 
-    By CHUNK pixels: a library's product may add all of them one after another, and small terms would be lost; and a GPU
-    wants many products to do at once. Its smallest product is of WIDTH channels: as many pixels are taken as that many,
-    of whose product only the blocks of equal pixels are wanted.
+    In pieces of some pixels: a library's product may add all of them one after another, and small terms would be lost;
+    and a GPU wants many products to do at once. Its smallest product is of 32 channels: as many pixels are taken as
+    that many, of whose product only the blocks of equal pixels are wanted.
     """
-    (P, C), device = pairs[0][0].shape[1:], pairs[0][0].device.type
-    chunk, width = CHUNK.get(device, GPU_CHUNK), WIDTH.get(device, GPU_WIDTH)
+    P, C = pairs[0][0].shape[1:]
+    chunk, width = PIECES.get(pairs[0][0].device.type, GPU_PIECES)
     chunk = P if P % chunk else chunk
-    fold = 1 if chunk % max(width // C, 1) else max(width // C, 1)
+    fold = max(width // C, 1)
+    fold = 1 if chunk % fold else fold
     pairs = [[rows.reshape(-1, chunk // fold, fold * C) for rows in pair] for pair in pairs]
     products = join([torch.bmm(a.transpose(1, 2), b) for a, b in pairs])
     if fold > 1:

@@ -1,6 +1,6 @@
 """Average pooling of 3x3 pixels and its gradient: on GPUs not by the library's.
 
-The gradient of PyTorch's avg_pool2d on CUDA is wrong, up to version 2.12 at least, for padded images with channels last
+The gradient of PyTorch's avg_pool2d on CUDA is wrong for padded images with channels last, seen with version 2.11
 (pytorch/pytorch#188344), and nothing says so. The mean of those pixels of a window that are inside of the image is the
 mean of the bordered window, taken 9 / n times; so all it takes is pooling without padding, and pooling forward.
 """
