@@ -23,8 +23,9 @@ from conas import cli, distributed
 from conas.cli import option
 from conas.config import STAGES, TestOptions
 from conas.errors import InputError
-from conas.evaluate import Scores, run_folder, scores_for_all
+from conas.evaluate import run_folder, scores_for_all
 from conas.run import list_checkpoints
+from conas.scores import Scores
 from conas.spaces import Space, discover
 from ensemble import html, language, pictures, report
 from ensemble.committee import Committee, common_epochs

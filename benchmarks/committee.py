@@ -11,7 +11,7 @@ import time
 
 import torch
 
-from conas.evaluate import Scores
+from conas.scores import Scores
 from ensemble import report
 from ensemble.committee import Committee
 from ensemble.fit import fit

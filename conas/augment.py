@@ -19,6 +19,12 @@ def central(x: Tensor, crop: int | None) -> Tensor:
     return x if crop is None else x[:, :, margin:margin + crop, margin:margin + crop]
 
 
+def resized(images: Tensor, side: int) -> Tensor:
+    """uint8 images (..., C, H, W) as (..., C, side, side), antialiased."""
+    from torchvision.transforms.functional import resize  # see conas/sources.py
+    return resize(images, [side, side], antialias=True)
+
+
 def draw(count: int, image_size: int, generator: torch.Generator) -> Tensor:
     """Draws for `count` images: int64 (count, 5), the columns top and left of the crop in the padded image, flip,
     and row and column of the centre of Cutout's square.

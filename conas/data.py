@@ -12,11 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from torchvision.transforms.functional import resize
 from tqdm import tqdm
 
 from conas import distributed
-from conas.augment import central, normalise
+from conas.augment import central, normalise, resized
 from conas.errors import InputError, one_line
 from conas.imagefiles import ImageFiles
 from conas.sources import READERS, SPLIT_SEED
@@ -74,7 +73,7 @@ class LazyImages:
     def __getitem__(self, i: int) -> Tensor:
         if isinstance(self.source, ImageFiles):
             return self.source.decode(i, self.image_size)
-        return resize(self.source[i], [self.image_size, self.image_size], antialias=True)
+        return resized(self.source[i], self.image_size)
 
 
 class ImageSet:

@@ -181,11 +181,12 @@ def _gradients(grad, x, weight, stride, dilation, padding, wanted):
 def _input_parts(blocks, kernel, flipped, shape, stride, dilation):
     """The gradients by what the blocks of one kernel have read."""
     _, N, H, W, _ = shape
+    # of which only the shape is read
+    x = None if stride == 1 else blocks[0].new_empty(N, H, W, blocks[0].shape[1]).permute(0, 3, 1, 2)
     for grad, own, turned in zip(blocks, kernel.chunk(len(blocks)), flipped.chunk(len(blocks))):
         if stride == 1:
             yield _convolution(grad, turned, 1, dilation)
         else:
-            x = grad.new_empty(N, H, W, grad.shape[1]).permute(0, 3, 1, 2)  # of which only the shape is read
             yield _gradients(grad, x, own, stride, dilation, dilation * (own.shape[-1] // 2), (True, False))[0]
 
 

@@ -14,10 +14,11 @@ from conas.cli import find_device, option, parse
 from conas.config import RECIPES, ROOT, ModelOptions, TestOptions
 from conas.data import DATASETS, ImageSet, load
 from conas.errors import InputError
-from conas.evaluate import load_images, predict, topk_accuracy
+from conas.evaluate import load_images, predict
 from conas.networks import DerivedNetwork, count_parameters, flops
 from conas.published import GENOTYPES
 from conas.run import best_checkpoint, folder_name
+from conas.scores import topk_accuracy
 from conas.spaces import Space
 from conas.supernet import Supernet
 

@@ -13,15 +13,18 @@ import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision import datasets
 
 from conas.errors import InputError
 from conas.imagefiles import ImageFiles, class_folders
 from conas.splits import stratified_split
+
+if TYPE_CHECKING:
+    from torchvision.datasets import VisionDataset
 
 DIGITS = Path(__file__).resolve().parent.parent / "data" / "digits.npz"
 SPLIT_SEED = 0  # of test splits that are ours: they must not depend on the seed of a run
@@ -46,7 +49,14 @@ def _digits(root: Path, split: str) -> Source:
     return tuple("0123456789"), images[:, None], labels[chosen]
 
 
-def _cifar(kind: type[datasets.CIFAR10], root: Path, split: str) -> Source:
+def _torchvision():
+    """torchvision.datasets: its import takes as long as all else does, and most commands need none of it."""
+    from torchvision import datasets
+    return datasets
+
+
+def _cifar(name: str, root: Path, split: str) -> Source:
+    kind = getattr(_torchvision(), name)
     data = _obtain(partial(kind, train=split == "train"), root, [kind.filename], os.path.dirname(kind.url))
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return tuple(data.classes), images, torch.tensor(data.targets)
@@ -56,13 +66,14 @@ def _svhn(root: Path, split: str) -> Source:
     if importlib.util.find_spec("scipy") is None:
         raise InputError("--dataset svhn: torchvision reads its files by scipy, which is not installed; "
                          "pip install scipy")
-    url, name, _ = datasets.SVHN.split_list[split]
-    data = _obtain(partial(datasets.SVHN, split=split), root, [name], os.path.dirname(url))
+    kind = _torchvision().SVHN
+    url, name, _ = kind.split_list[split]
+    data = _obtain(partial(kind, split=split), root, [name], os.path.dirname(url))
     return tuple("0123456789"), torch.from_numpy(np.ascontiguousarray(data.data)), torch.from_numpy(data.labels)
 
 
 def _fashionmnist(root: Path, split: str) -> Source:
-    kind = datasets.FashionMNIST
+    kind = _torchvision().FashionMNIST
     archives = [f"FashionMNIST/raw/{name}" for name, _ in kind.resources]
     data = _obtain(partial(kind, train=split == "train"), root, archives, kind.mirrors[0])
     if not all(isinstance(part, Tensor) and part.ndim for part in (data.data, data.targets)):  # of old torchvisions
@@ -72,7 +83,7 @@ def _fashionmnist(root: Path, split: str) -> Source:
 
 def _imagenette(root: Path, split: str) -> Source:
     part = {"train": "train", "test": "val"}[split]
-    data = _obtain(partial(datasets.Imagenette, split=part, size="160px"), root, ["imagenette2-160.tgz"],
+    data = _obtain(partial(_torchvision().Imagenette, split=part, size="160px"), root, ["imagenette2-160.tgz"],
                    "https://github.com/fastai/imagenette")
     _, files, labels = class_folders(root, f"imagenette2-160/{part}")
     return tuple(names[0] for names in data.classes), files, labels
@@ -88,8 +99,7 @@ def _imagenet(root: Path, split: str) -> Source:
     return _two_folders(base, "train", "val", split)
 
 
-def _obtain(build: Callable[..., datasets.VisionDataset], root: Path, archives: list[str], page: str
-            ) -> datasets.VisionDataset:
+def _obtain(build: Callable[..., "VisionDataset"], root: Path, archives: list[str], page: str) -> "VisionDataset":
     """`build` a torchvision data set at `root`; if that fails, unpack `archives`, downloaded first if need be.
 
     torchvision writes in place, and takes some half-written folders for complete ones. So this happens in a temporary
@@ -166,8 +176,8 @@ def _two_folders(root: Path, train: str, test: str, split: str) -> Source:
 
 
 READERS: dict[str, Callable[[Path, str], Source]] = {
-    "cifar10": partial(_cifar, datasets.CIFAR10),
-    "cifar100": partial(_cifar, datasets.CIFAR100),
+    "cifar10": partial(_cifar, "CIFAR10"),
+    "cifar100": partial(_cifar, "CIFAR100"),
     "svhn": _svhn,
     "fashionmnist": _fashionmnist,
     "imagenet": _imagenet,

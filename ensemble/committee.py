@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from conas.errors import InputError
-from conas.evaluate import Scores
+from conas.scores import Scores
 from ensemble.calibration import apply_temperature
 from ensemble.metrics import softmax
 

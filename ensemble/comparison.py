@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from conas.evaluate import Scores
+from conas.scores import Scores
 from ensemble import metrics
 from ensemble.committee import check_same_images, mean_softmax, stack_logits
 from ensemble.diversity import diversity, uncertainty

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from conas.errors import InputError
-from conas.evaluate import Scores
+from conas.scores import Scores
 from ensemble.calibration import fit_temperature, fit_temperatures
 from ensemble.committee import COMBINATIONS, Committee, check_same_images, stack_logits
 from ensemble.metrics import nll, softmax

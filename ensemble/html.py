@@ -17,9 +17,9 @@ import torch
 
 from conas.cli import Parser, run
 from conas.errors import InputError
-from conas.evaluate import load_scores
 from conas.files import write_text
 from conas.run import folder_name, read_arguments
+from conas.scores import load_scores
 from ensemble.committee import Committee
 from ensemble.fit import FITTED, rule
 from ensemble.page import Page

@@ -6,7 +6,7 @@ class k for image n, y_n its label. Accuracies and errors are fractions, not per
 import torch
 from torch import Tensor
 
-from conas.evaluate import topk_accuracy
+from conas.scores import topk_accuracy
 
 __all__ = ["adaptive_ece", "brier", "confusion_matrix", "ece", "nll", "per_class_accuracy", "softmax",
            "topk_accuracy"]

@@ -16,8 +16,9 @@ from conas.cli import find_device
 from conas.config import TestOptions
 from conas.data import ImageSet
 from conas.errors import InputError
-from conas.evaluate import Scores, load_images, load_scores, predict, save_scores
+from conas.evaluate import load_images, predict
 from conas.files import check_regular
+from conas.scores import Scores, load_scores, save_scores
 from conas.spaces import Space
 from ensemble import metrics
 from ensemble.committee import Committee

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.functional import resize
+
+from conas.augment import resized
 
 LARGEST = 48        # pixels; larger images are made smaller
 LOSSLESS = 400_000  # bytes up to which a picture is kept as PNG
@@ -30,7 +31,7 @@ def sprite(images: Tensor) -> dict:
     Places are whole blocks of JPEG, so that no image bleeds into the next.
     """
     if images.shape[-1] > LARGEST:
-        images = resize(images, [LARGEST, LARGEST], antialias=True)
+        images = resized(images, LARGEST)
     N, C, side, _ = images.shape
     tile, columns = -(-side // 8) * 8, 32
     rows = -(-N // columns)

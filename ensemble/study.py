@@ -26,9 +26,10 @@ from conas.cli import option
 from conas.config import TestOptions
 from conas.data import DATASETS
 from conas.errors import InputError
-from conas.evaluate import Scores, scores_for
+from conas.evaluate import scores_for
 from conas.files import read_json, write_json
 from conas.run import FREE, folder_name, list_checkpoints, read_arguments
+from conas.scores import Scores
 from conas.spaces import Space, discover
 from ensemble.comparison import as_text, compare_groups
 

@@ -21,7 +21,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import matplotlib.backends.backend_agg
+import matplotlib.backends.backend_svg  # noqa: F401
 import torch
+import torch._dynamo
 
 from cnn_space2 import genotypes as module
 from cnn_space2.architect import Architect

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conas.errors import InputError
-from conas.evaluate import Scores
+from conas.scores import Scores
 from ensemble.committee import COMBINATIONS, Committee, check_same_images, common_epochs, mean_softmax, span
 
 

@@ -12,10 +12,11 @@ from conas import checkpoint as checkpoints
 from conas.config import TestOptions
 from conas.data import load
 from conas.errors import InputError
-from conas.evaluate import Scores, load_scores, save_scores, scores_for
+from conas.evaluate import scores_for
 from conas.files import check_zip
 from conas.keeper import Keeper
 from conas.run import Run
+from conas.scores import Scores, load_scores, save_scores
 from conas.spaces import Space
 from tests.hostile import VALUES, changed, damaged, fuzz, refused
 from tests.test_checkpoint import ABOUT, Tiny, tiny, written

@@ -16,10 +16,11 @@ from conas import checkpoint as checkpoints
 from conas import genotype as genotypes
 from conas.config import TestOptions
 from conas.data import load
-from conas.evaluate import load_scores, scores_for
+from conas.evaluate import scores_for
 from conas.keeper import Keeper
 from conas.operations import OPERATIONS
 from conas.run import Run, read_arguments
+from conas.scores import load_scores
 from conas.spaces import Space
 from ensemble import html, study
 from ensemble.network import load_committee

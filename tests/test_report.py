@@ -12,7 +12,7 @@ import torch
 
 import test_ensemble
 from conas import checkpoint, cli
-from conas.evaluate import Scores, load_scores, save_scores
+from conas.scores import Scores, load_scores, save_scores
 from ensemble import metrics, pictures, report
 from ensemble.committee import Committee
 

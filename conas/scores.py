@@ -1,0 +1,88 @@
+"""What checkpoints say of images: logits, where they come from, and files that hold both."""
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from conas.errors import InputError
+from conas.files import atomic_path, check_regular, check_zip
+
+
+def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
+    """Fraction of images whose label is among the k classes of highest score; scores (N, K), labels (N,).
+
+    Of equal scores the first counts as higher, as for argmax. With k >= K this is 1: a top-5 of four classes says
+    nothing.
+    """
+    own = scores.gather(1, labels[:, None])
+    earlier = torch.arange(scores.shape[1], device=labels.device) < labels[:, None]
+    before = (scores > own) | ((scores == own) & earlier)
+    return (before.sum(dim=1) < k).double().mean().item()
+
+
+@dataclass
+class Scores:
+    """What one checkpoint says of every test image, and where that comes from."""
+
+    logits: Tensor          # (N, K) float32
+    labels: Tensor          # (N,) int64
+    space: str
+    stage: str              # search or train
+    epoch: int
+    seed: int
+    split: str              # test, or valid: the training images that this network's weights have not seen
+    checkpoint_sha256: str
+    dataset: str
+    fingerprint: str        # of the images and labels in their order
+    classes: list[str]      # K names
+
+    @property
+    def probabilities(self) -> Tensor:
+        """(N, K) float32: the softmax of the logits."""
+        return self.logits.softmax(dim=1)
+
+    def top(self, k: int) -> float:
+        """Accuracy in percent when the k best classes count."""
+        return 100 * topk_accuracy(self.logits, self.labels, k)
+
+    def loss(self) -> float:
+        """Mean cross-entropy in nats."""
+        return cross_entropy(self.logits.double(), self.labels).item()
+
+
+def save_scores(path: Path, scores: Scores) -> None:
+    """Write scores as .npz, atomically: logits, probabilities, labels and the other fields, no objects."""
+    fields = {k: v.numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in vars(scores).items()}
+    with atomic_path(path) as temporary:
+        np.savez(temporary, probabilities=scores.probabilities.numpy(), **fields)
+
+
+def load_scores(path: Path) -> Scores:
+    """Read scores. Raises InputError naming the file if it is missing, damaged or incomplete."""
+    try:
+        check_regular(path)
+        check_zip(path)
+        with np.load(path, allow_pickle=False) as file:
+            scores = Scores(
+                logits=torch.from_numpy(file["logits"]), labels=torch.from_numpy(file["labels"]),
+                space=str(file["space"]), stage=str(file["stage"]), epoch=int(file["epoch"]),
+                seed=int(file["seed"]), split=str(file["split"]),
+                checkpoint_sha256=str(file["checkpoint_sha256"]), dataset=str(file["dataset"]),
+                fingerprint=str(file["fingerprint"]), classes=file["classes"].tolist())
+    except Exception as error:  # damaged bytes can make NumPy raise anything
+        raise InputError(f"{path}: cannot be read as probabilities ({error}); delete it and start test_all.py again"
+                         ) from error
+    N = len(scores.labels) if scores.labels.ndim == 1 else 0
+    K = len(scores.classes) if _are_names(scores.classes) else 0
+    if (not N or not K or scores.logits.dtype != torch.float32 or scores.labels.dtype != torch.int64
+            or scores.logits.shape != (N, K) or scores.labels.min() < 0 or scores.labels.max() >= K):
+        raise InputError(f"{path}: its logits, labels and classes do not fit together; delete it and start "
+                         "test_all.py again")
+    return scores
+
+
+def _are_names(classes: object) -> bool:
+    return isinstance(classes, list) and all(isinstance(name, str) for name in classes)
