@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.launch import start
+
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that the tests start
@@ -19,14 +21,20 @@ class Clone:
     def __init__(self, root: Path):
         self.root = root
 
-    def run(self, script: str, *arguments: str, cwd: Path | str | None = None, timeout: float = 300,
-            **settings) -> subprocess.CompletedProcess:
-        """Run a script; by default from its own folder, as the README says."""
+    def run(self, script: str, *arguments: object, cwd: Path | str | None = None, fresh: bool = False, **settings
+            ) -> subprocess.CompletedProcess:
+        """Run a script, by default from its own folder, as the README says, or `-m` and a module, from the root.
+
+        If `fresh`, by a new interpreter, with `settings` of subprocess; else see tests/launch.py.
+        """
         path = self.root / script
         cwd = path.parent if cwd is None else cwd
         name = path.name if Path(cwd) == path.parent else str(path)
-        return subprocess.run([sys.executable, name, *map(str, arguments)], cwd=cwd, capture_output=True, text=True,
-                              timeout=timeout, **settings)
+        command = ["-m" if script == "-m" else name, *map(str, arguments)]
+        if not fresh:
+            return start(*command, cwd=cwd)
+        return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300,
+                              **settings)
 
 
 def clone(target: Path) -> Clone:

@@ -30,7 +30,7 @@ def test_the_benchmark_of_an_epoch_runs(tmp_path):
     copy = clone(tmp_path / "CoNAS")
     flags = ["--init_channels", "2", "--layers", "3", "--batch_size", "4", "--images", "40",
              "--steps", "2", "--device", "cpu"]
-    done = copy.run("-m", "benchmarks.search_epoch", *flags, cwd=copy.root)
+    done = copy.run("-m", "benchmarks.search_epoch", *flags)
     assert done.returncode == 0, done.stderr
     found = json.loads((copy.root / "benchmarks/results/search_epoch-cpu.json").read_text())["C=2 layers=3 steps=2"]
     assert 0 < found["seconds"]["alpha steps"] < found["seconds"]["all"]

@@ -3,7 +3,6 @@ import itertools
 import json
 import random
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -18,6 +17,8 @@ from conas.errors import InputError
 from conas.genotype import Genotype, save
 from conas.layout import arrange, spread
 from conas.operations import OPERATIONS
+from tests import launch
+from tests.conftest import ROOT
 
 NAMES = sorted(OPERATIONS)
 CONCAT = range(2, 6)
@@ -198,8 +199,7 @@ def test_refusals_write_nothing(tmp_path):
 
 
 def command(*arguments) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "conas.draw", *map(str, arguments)], capture_output=True, text=True,
-                          cwd=Path(__file__).parents[1])
+    return launch.start("-m", "conas.draw", *arguments, cwd=ROOT)
 
 
 def test_command_line(tmp_path, capsys):

@@ -34,8 +34,7 @@ def probabilities_of(clone) -> np.ndarray:
 @pytest.fixture(scope="module")
 def exported(pair, tmp_path_factory):
     path = tmp_path_factory.mktemp("exported") / "committee.pt2"
-    done = subprocess.run([sys.executable, "-m", "ensemble.export", path], cwd=pair.root,
-                          capture_output=True, text=True, timeout=280)
+    done = pair.run("-m", "ensemble.export", path)
     assert done.returncode == 0, done.stderr
     assert "equal to the committee's within" in done.stdout
     return path
@@ -81,8 +80,7 @@ def test_a_file_that_is_not_equal_is_not_written(pair, tmp_path):
     (["committee.zip"], "must end in .pt2"), (["a.pt2", "--onnx", "b.pt2"], "must end in .onnx"),
     (["a.pt2", "--save", "none"], "test_ensemble.py --save none")])
 def test_wrong_arguments(pair, arguments, word):
-    done = subprocess.run([sys.executable, "-m", "ensemble.export", *arguments], cwd=pair.root,
-                          capture_output=True, text=True, timeout=60)
+    done = pair.run("-m", "ensemble.export", *arguments)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and word in done.stderr
 
 

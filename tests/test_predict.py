@@ -1,8 +1,6 @@
 """Predictions on files: the very answers that the test of the committee gave for the same images."""
 import csv
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -19,8 +17,7 @@ from tests.untrained import committee_clone  # noqa: F401
 
 
 def start(clone, *arguments):
-    return subprocess.run([sys.executable, "-m", "ensemble.predict", *map(str, arguments)], cwd=clone.root,
-                          capture_output=True, text=True, timeout=120)
+    return clone.run("-m", "ensemble.predict", *arguments)
 
 
 @pytest.fixture
@@ -125,8 +122,8 @@ def test_a_committee_must_be_there_and_unchanged(committee_clone, tmp_path):  # 
 
 def test_the_fitted_committee_is_the_one_that_answers(committee_clone, digits):  # noqa: F811
     """Weights and temperatures that held-out images decided are those of the predictions."""
-    done = subprocess.run([sys.executable, "test_ensemble.py", "--combination", "weighted", "--temperatures", "members",
-                           "committee"], cwd=committee_clone.root, capture_output=True, text=True, timeout=120)
+    done = committee_clone.run("test_ensemble.py", "--combination", "weighted", "--temperatures", "members",
+                               "committee")
     assert done.returncode == 0, done.stderr
     folder = committee_clone.root / "committee-EXP"
     try:
@@ -138,7 +135,7 @@ def test_the_fitted_committee_is_the_one_that_answers(committee_clone, digits): 
             assert row["probability"] == pytest.approx(float(expected["probability"]), abs=1e-5)
             assert row["mutual_information"] == pytest.approx(float(expected["mutual_information"]), abs=1e-5)
     finally:
-        subprocess.run([sys.executable, "test_ensemble.py"], cwd=committee_clone.root, check=True, capture_output=True)
+        assert committee_clone.run("test_ensemble.py").returncode == 0
 
 
 @torch.inference_mode()

@@ -2,7 +2,6 @@
 import csv
 import dataclasses
 import json
-import subprocess
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -15,6 +14,7 @@ from conas import checkpoint, cli
 from conas.scores import Scores, load_scores, save_scores
 from ensemble import metrics, pictures, report
 from ensemble.committee import Committee
+from tests import launch
 
 CLASSES = ["plain", "comma, \"quote\"", "<script>alert(1)</script>", "$x^{$", "ä--日", "a long name " * 5]
 
@@ -261,8 +261,7 @@ def test_probabilities_of_another_checkpoint_are_not_used(root, monkeypatch, cap
 
 def test_the_script_starts_from_any_folder():
     script = Path(test_ensemble.__file__).resolve()
-    command = [sys.executable, script, "--save", "no-such-run"]
-    finished = subprocess.run(command, cwd="/", capture_output=True, text=True)
+    finished = launch.start(script, "--save", "no-such-run", cwd="/")
     assert finished.returncode == 2
     assert finished.stderr.startswith("error: none of the chosen spaces has checkpoints in search-no-such-run")
 

@@ -39,7 +39,7 @@ def searched(bare_clone, tmp_path_factory) -> Clone:
     shutil.copytree(bare_clone.root, root)
     clone = Clone(root)
     for space, cwd in zip(SPACES, (None, root, "/")):
-        done = clone.run(f"{space}/train_search.py", *SMALL, "--epochs", "2", cwd=cwd)
+        done = clone.run(f"{space}/train_search.py", *SMALL, "--epochs", "2", cwd=cwd, fresh=True)
         assert done.returncode == 0, done.stderr
     return clone
 
@@ -79,14 +79,14 @@ def test_first_order_says_so_and_differs(searched, copy):
 
 def test_the_whole_pipeline(copy):
     for space, cwd in zip(SPACES, ("/", None, copy.root)):
-        done = copy.run(f"{space}/test_all.py", cwd=cwd)
+        done = copy.run(f"{space}/test_all.py", cwd=cwd, fresh=True)
         assert done.returncode == 0, done.stderr
         assert [line.split()[2] for line in done.stdout.splitlines() if " epoch " in line] == ["0", "1"]
         rows = list(csv.DictReader((copy.root / space / "search-EXP" / "test_all.csv").open()))
         assert [row["epoch"] for row in rows] == ["0", "1"] and set(rows[0]) == {"epoch", "loss", "top1", "top5"}
     stored = {path: path.stat().st_mtime_ns for path in copy.root.glob("*/search-EXP/probabilities/*.npz")}
     assert len(stored) == 6
-    done = copy.run("test_ensemble.py", cwd="/")
+    done = copy.run("test_ensemble.py", cwd="/", fresh=True)
     assert done.returncode == 0, done.stderr
     for space in SPACES:
         assert space in done.stdout
@@ -208,7 +208,7 @@ def limit_file_size():
 def test_a_disk_that_is_full(copy):
     folder = copy.root / "cnn_space1" / "search-full"
     one_line_error(copy.run("cnn_space1/train_search.py", *SMALL, "--epochs", "1", "--save", "full",
-                            preexec_fn=limit_file_size), "epoch_000")
+                            fresh=True, preexec_fn=limit_file_size), "epoch_000")
     assert not list(folder.rglob("*.pt")) and not list(folder.rglob("*.tmp*"))
     done = copy.run("cnn_space1/train_search.py", *SMALL, "--epochs", "1", "--save", "full")  # there is room again
     assert done.returncode == 0, done.stderr

@@ -141,7 +141,7 @@ def test_a_study_in_a_bare_clone_resumes_and_reports(bare_clone, tmp_path):
     clone = Clone(tmp_path / "CoNAS")
 
     def command(*words):
-        return clone.run("-m", "ensemble.study", *words, cwd=clone.root)
+        return clone.run("-m", "ensemble.study", *words)
 
     assert command("plan", "p.json", "--seeds", "2", "--save", "s", "--size", "2", "--spaces", "cnn_space1",
                    "cnn_space3", f"--flags={TINY}").returncode == 0
@@ -172,7 +172,7 @@ def test_a_run_that_fails_is_named_and_the_others_go_on(bare_clone, tmp_path):
     content = study.plan(study.PlanOptions(seeds=2, size=2, spaces=("cnn_space1",), flags=TINY))
     content["runs"][0]["commands"][0] += ["--layers", "2"]
     study.write_plan(clone.root / "p.json", content)
-    done = clone.run("-m", "ensemble.study", "run", "p.json", cwd=clone.root)
+    done = clone.run("-m", "ensemble.study", "run", "p.json")
     assert done.returncode == 2
     assert "1 of 2 runs failed" in done.stderr and "--layers 2" in done.stderr
     assert study.finished(clone.root / "cnn_space1" / "search-study-2")
