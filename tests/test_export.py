@@ -19,7 +19,7 @@ from tests.untrained import committee_clone  # noqa: F401
 
 
 @pytest.fixture(scope="module")
-def pair(committee_clone):  # noqa: F811
+def pair(committee_clone):
     """The committee of the last two spaces only, since tracing takes its time."""
     done = committee_clone.run("test_ensemble.py", "--spaces", "cnn_space2", "cnn_space3")
     assert done.returncode == 0, done.stderr

@@ -39,7 +39,7 @@ def stored(clone):
     return np.mean(members, axis=0), np.stack(members)
 
 
-def test_files_get_the_answers_of_the_test(committee_clone, digits):  # noqa: F811
+def test_files_get_the_answers_of_the_test(committee_clone, digits):
     done = start(committee_clone, digits, "--top_k", 3, "--json", digits / "a.json", "--csv", digits / "a.csv")
     assert done.returncode == 0, done.stderr
     answers = json.loads((digits / "a.json").read_text())
@@ -61,7 +61,7 @@ def test_files_get_the_answers_of_the_test(committee_clone, digits):  # noqa: F8
     assert "10 images; " in done.stdout and "images per second" in done.stdout
 
 
-def test_bad_images_are_told_and_the_rest_goes_on(committee_clone, digits):  # noqa: F811
+def test_bad_images_are_told_and_the_rest_goes_on(committee_clone, digits):
     (digits / "bad.jpg").write_text("no image")
     (digits / "cut.png").write_bytes((digits / "0.png").read_bytes()[:60])
     done = start(committee_clone, digits, digits / "nowhere.png")
@@ -88,7 +88,7 @@ def test_any_format_and_size(tmp_path, mode, suffix, channels):
     assert (image.float().std() < 2 and image.float().mean() > 100) or mode == "1"
 
 
-def test_memory_order_and_batches_change_nothing(committee_clone, digits):  # noqa: F811
+def test_memory_order_and_batches_change_nothing(committee_clone, digits):
     network, paths = load_committee(committee_clone.root, "EXP"), [str(digits / f"{i}.png") for i in range(10)]
     whole, single = (list(predict(network, paths, batch_size=size)) for size in (64, 3))
     assert [row["probability"] for row in whole] == pytest.approx([row["probability"] for row in single], abs=1e-5)
@@ -105,7 +105,7 @@ def test_folders_are_searched_for_images(tmp_path):
         find_images([str(tmp_path / "empty")])
 
 
-def test_a_committee_must_be_there_and_unchanged(committee_clone, tmp_path):  # noqa: F811
+def test_a_committee_must_be_there_and_unchanged(committee_clone, tmp_path):
     with pytest.raises(InputError, match=r"committee-other/committee\.json: no such committee.*--save other"):
         load_committee(committee_clone.root, "other")
     done = start(committee_clone, "x.png", "--save", "other")
@@ -120,7 +120,7 @@ def test_a_committee_must_be_there_and_unchanged(committee_clone, tmp_path):  # 
         (checkpoints / "epoch_001.pt").write_bytes(good)
 
 
-def test_the_fitted_committee_is_the_one_that_answers(committee_clone, digits):  # noqa: F811
+def test_the_fitted_committee_is_the_one_that_answers(committee_clone, digits):
     """Weights and temperatures that held-out images decided are those of the predictions."""
     done = committee_clone.run("test_ensemble.py", "--combination", "weighted", "--temperatures", "members",
                                "committee")
