@@ -52,8 +52,9 @@ def convolve(blocks: Sequence[Sequence[Tensor]], kernels: Sequence[Tensor], shif
 
 def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tensor] | None, kernels: Sequence[Tensor],
                   flipped: Sequence[Tensor], stride: int = 1, dilation: int = 1, x_wanted: bool = True,
-                  own: bool = False) -> tuple[Tensor | list[Tensor] | None, list[Tensor]]:
-    """The gradients of `convolve` by x, of this shape, and by the kernels: by none if x is not given.
+                  own: bool = False, total: Tensor | None = None) -> tuple[Tensor | list[Tensor] | None, list[Tensor]]:
+    """The gradients of `convolve` by x, of this shape, and by the kernels: by none if x is not given. With a `total`, the
+    gradient by x is added to that, in place.
 
     `grad` is that by all parts joined, `flipped` are the kernels with rows and columns reversed. If groups have maps of
     their `own`, which only plain ones do, `shape` is that of all joined, x has them by kernel, `bordered`, and the
@@ -61,14 +62,16 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
     """
     S, N, H, W, C = shape
     if goes_by_phases(grad, stride, dilation, x is not None):
-        d_x, d_kernels = convolve_back(in_phases(grad), (S, 4 * N, H // 2, W // 2, C), x if x is None else in_phases(x),
-                                       kernels, flipped, x_wanted=x_wanted)
-        return None if d_x is None else out_of_phases(d_x), d_kernels
+        phases, into = (None if maps is None else in_phases(maps) for maps in (x, total))
+        d_x, d_kernels = convolve_back(in_phases(grad), (S, 4 * N, H // 2, W // 2, C), phases, kernels, flipped,
+                                       x_wanted=x_wanted, total=into)
+        return out_of_phases(d_x) if x_wanted and total is None else total, d_kernels
     groups, small = [len(kernel) // C for kernel in kernels], _is_small(grad, shape[1:])
     grads, d_x, d_kernels = [_blocks(part, 1, small) for part in grad.split(groups)], None, []
     if x_wanted:
         parts = [_input_parts(*of, shape, stride, dilation) for of in zip(grads, kernels, flipped)]
         d_x = [join([_groups_of(part, C) for part in of]) for of in parts] if own else _sum(parts, grads, S, C)
+        d_x = d_x if total is None else total.add_(d_x.unflatten(1, total.shape[1:-3]))
     if x is not None:
         inputs = [x] * len(kernels) if isinstance(x, Tensor) else x
         d_kernels = [_weight_gradient(*of, stride, dilation, small, own) for of in zip(grads, inputs, kernels)]

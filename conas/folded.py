@@ -40,17 +40,15 @@ class Folded:
         self.scale = self.rstd if p is None else self.rstd * p[:, None, None]
         self.scaled = self.scale * weight
 
-    def back(self, d_scaled: Tensor) -> tuple[Tensor, Tensor]:
-        """From the gradient by `scaled`: that by the weight, and the matrix (K, C, C) for which z matrix is the
-        gradient by z that comes through its covariance."""
-        through = row_dots(d_scaled, self.scaled).div_(self.variance)  # -2 d_variance
-        d_weight = (d_scaled * self.scale).addcmul_(self.spread, through, value=-1)
-        half = self.pool.sum(through) * self.weight
-        return d_weight, _scaled_product(half.transpose(1, 2), self.weight, -1 / self.pixels)
-
-    def p_back(self, d_scaled: Tensor) -> Tensor:
-        """(K, C), whose sum over channels is the gradient by p."""
-        return row_dots(d_scaled, self.weight).mul_(self.rstd).squeeze(2)
+    def back(self, d_scaled: Tensor, wanted_p: bool = False) -> tuple[Tensor, Tensor, Tensor | None]:
+        """From the gradient by `scaled`: that by the weight, the matrix (K, C, C) for which z matrix is the gradient by
+        z that comes through its covariance, and, if wanted, (K, C), whose sum over channels is the gradient by p."""
+        by_scale = row_dots(d_scaled, self.weight)
+        d_p = (by_scale * self.rstd).squeeze(2) if wanted_p else None
+        through = by_scale.div_(self.variance)  # times the scale: -2 d_variance
+        d_weight = torch.addcmul(d_scaled, self.spread, through, value=-1).mul_(self.scale)
+        half = self.pool.sum(through) * self.scaled
+        return d_weight, _scaled_product(half.transpose(1, 2), self.weight, -1 / self.pixels), d_p
 
 
 def halfway(tape: Tape, z: Tensor, weight: Tensor, size: int, memory: list[Tensor] | None, pool: Pool):
@@ -69,7 +67,7 @@ def halfway(tape: Tape, z: Tensor, weight: Tensor, size: int, memory: list[Tenso
     def back(grads, parts, memory):
         z, grad = in_rows(kept()), in_rows(rectify_back(grads, parts, memory))
         grad -= pool.mean(grad.mean(1, keepdim=True))  # z is centred, so its gradient is
-        d_weight, matrix = folded.back(_products([(grad, z)]))
+        d_weight, matrix, _ = folded.back(_products([(grad, z)]))
         return torch.bmm(z, matrix).baddbmm_(grad, folded.scaled).view(shape), d_weight
 
     return result(z, memory), folded.rstd, lambda memory: result(kept(), memory), back
@@ -91,9 +89,7 @@ def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, 
 
     def back(grad, wanted):
         grad, z = in_rows(grad), in_rows(kept())
-        d_scaled = _products([(grad, part) for part in z.split(E)])
-        d_p = folded.p_back(d_scaled) if wanted.alphas else None
-        d_weight, matrix = folded.back(d_scaled)
+        d_weight, matrix, d_p = folded.back(_products([(grad, part) for part in z.split(E)]), wanted.alphas)
         d_z = torch.bmm(z, matrix)
         for part, by in zip(d_z.split(E), folded.scaled.split(E)):
             part.baddbmm_(grad, by)

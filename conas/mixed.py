@@ -90,12 +90,12 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Ten
             d_rectified = sep_back(d_z[:separable], rectified, d, wanted)
         if edges.dil and (wanted.x or wanted.weights):
             read, dilation = undilated(rectified, edges.stride)
-            part, d_kernels = convolve_back(d_z[separable:], read.shape, read if wanted.weights else None,
-                                            weights.dilated, flipped, 1, dilation, wanted.x)
+            if wanted.x and d_rectified is None:
+                d_rectified = rectified.new_zeros(rectified.shape)
+            total = undilated(d_rectified, edges.stride)[0] if wanted.x else None
+            _, d_kernels = convolve_back(d_z[separable:], read.shape, read if wanted.weights else None, weights.dilated,
+                                         flipped, 1, dilation, wanted.x, total=total)
             d.dilated.extend(d_kernels)
-            if wanted.x:
-                d_rectified = rectified.new_zeros(rectified.shape) if d_rectified is None else d_rectified
-                undilated(d_rectified, edges.stride)[0].add_(part)
         d_x, d_q = plain_back(grad, d_x, d_rectified, maps, d)
         packs = zip(d, weights)
         return d_x, d_p, d_q, [gradient for ours, pack in packs for gradient in ours or [None] * len(pack)]
