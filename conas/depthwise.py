@@ -53,8 +53,9 @@ def convolve(blocks: Sequence[Sequence[Tensor]], kernels: Sequence[Tensor], shif
 def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tensor] | None, kernels: Sequence[Tensor],
                   flipped: Sequence[Tensor], stride: int = 1, dilation: int = 1, x_wanted: bool = True,
                   own: bool = False, total: Tensor | None = None) -> tuple[Tensor | list[Tensor] | None, list[Tensor]]:
-    """The gradients of `convolve` by x, of this shape, and by the kernels: by none if x is not given. With a `total`, the
-    gradient by x is added to that, in place.
+    """The gradients of `convolve` by x, of this shape, and by the kernels: by none if x is not given.
+
+    With a `total`, the gradient by x is added to that, in place.
 
     `grad` is that by all parts joined, `flipped` are the kernels with rows and columns reversed. If groups have maps of
     their `own`, which only plain ones do, `shape` is that of all joined, x has them by kernel, `bordered`, and the
