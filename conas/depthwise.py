@@ -84,35 +84,42 @@ def apart(maps: Sequence[Sequence[Tensor]]) -> Tensor:
     return join(list(chain(*maps))).contiguous()
 
 
-def rectify(y: Tensor, size: int, memory: Sequence[Tensor] | None, by_hand: bool, kept: bool) -> list[Tensor]:
+def rectify(y: Tensor, size: int, memory: Sequence[Tensor | None] | None, by_hand: bool, kept: bool) -> list[Tensor]:
     """relu(y) of maps y (G, N, H, W, C): parts of `size` groups each, in memory as `convolve` reads them.
 
-    By hand, `memory` is overwritten: if given, parts that `convolve` has returned, or the `inside` of `bordered` ones.
-    So is y, unless it is to be `kept`.
+    By hand, `memory` is overwritten where there is some: parts that `convolve` has returned, or the `inside` of
+    `bordered` ones. So is y, unless it is to be `kept`.
     """
-    if not by_hand or (memory is None and not _is_small(y, y.shape[1:])):
-        return list((y.relu_() if by_hand and not kept else y.relu()).split(size))
-    parts = y.split(size)
-    memory = memory or [y.new_empty(*y.shape[1:4], size, y.shape[4]).permute(3, 0, 1, 2, 4) for _ in parts]
-    return [torch.clamp_min(part, 0, out=out) for part, out in zip(parts, memory)]
+    if not by_hand:
+        return list(y.relu().split(size))
+    parts, rectified = y.split(size), []
+    for part, out in zip(parts, memory or [None] * len(parts)):
+        if out is None and not _is_small(y, y.shape[1:]):
+            rectified.append(part.relu() if kept else part.relu_())
+            continue
+        if out is None:
+            out = y.new_empty(*y.shape[1:4], size, y.shape[4]).permute(3, 0, 1, 2, 4)
+        rectified.append(torch.clamp_min(part, 0, out=out))
+    return rectified
 
 
-def bordered(like: Tensor, size: int, kernel: Tensor) -> Tensor:
-    """Memory for `size` groups of maps like these (..., N, H, W, C), as the gradient of their kernel reads them: for
-    wide kernels with a border of zeros. See `inside`.
+def bordered(like: Tensor, size: int, kernel: Tensor) -> Tensor | None:
+    """Memory for `size` groups of maps like these (..., N, H, W, C), as the gradient of a wide kernel reads them: with
+    a border of zeros, see `inside`. Others need none.
     """
     *_, N, H, W, C = like.shape
-    border = 2 * _border(kernel)
-    new = like.new_zeros if border else like.new_empty
+    if not (border := _border(kernel)):
+        return None
+    H, W = H + 2 * border, W + 2 * border
     if _is_small(like, like.shape[-4:]):
-        return new(N, H + border, W + border, size, C).permute(3, 0, 1, 2, 4)
-    return new(size, N, H + border, W + border, C)
+        return like.new_zeros(N, H, W, size, C).permute(3, 0, 1, 2, 4)
+    return like.new_zeros(size, N, H, W, C)
 
 
-def inside(maps: Tensor, kernel: Tensor) -> Tensor:
+def inside(maps: Tensor | None, kernel: Tensor) -> Tensor | None:
     """The view of `bordered` maps without their border."""
     border = _border(kernel)
-    return maps[:, :, border:-border, border:-border] if border else maps
+    return None if maps is None else maps[:, :, border:-border, border:-border]
 
 
 def rectify_back(grads: Sequence[Tensor], parts: Sequence[Tensor], out: Tensor) -> Tensor:

@@ -116,8 +116,11 @@ def _separable(edges, tape, read, blocks, shift, weights, arranged, statistics, 
     shift = [statistics.pool.mean(own_shift(part, kernel)) for part, kernel in zip(parts, second)]
 
     def back(d_z, rectified, d, wanted):
-        maps = [bordered(d_z, edges.S * edges.E, kernel) for kernel in second] if wanted.weights else None
-        parts = again(maps and [inside(of, kernel) for of, kernel in zip(maps, second)])
+        maps = parts = None
+        if wanted.weights:
+            maps = [bordered(d_z, edges.S * edges.E, kernel) for kernel in second]
+            parts = again([inside(of, kernel) for of, kernel in zip(maps, second)])
+            maps = [part if of is None else of for of, part in zip(maps, parts)]
         d_parts, d_second = convolve_back(d_z, d_z.shape, maps, second, flipped[1], own=True)
         d_z, d_halfway = halfway_back(d_parts, parts, d_z)
         d_x, d_first = convolve_back(d_z, read, rectified if wanted.weights else None, first, flipped[0], stride, 1,

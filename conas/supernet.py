@@ -171,10 +171,11 @@ class Supernet(nn.Module):
         self._arranged = [[part.shape for part in parts] for parts in arranged]  # by cell
         index = torch.cat([part.flatten() for parts in arranged for part in parts] or [torch.empty(0)]).int()
         self.register_buffer("arrangement", index, persistent=False)
-        edges = 1 + torch.arange(self.alphas_normal.numel()).view(shape)  # 0 is the place of a zero
-        for reduction, name in (False, "shares_normal"), (True, "shares_reduce"):
-            places = [cell.shares(edges) for cell in self.cells if cell.reduction == reduction][:1]
-            self.register_buffer(name, torch.cat(places or [edges[:0].flatten()]), persistent=False)
+        edges = 1 + torch.arange(2 * self.alphas_normal.numel()).view(2, *shape)  # by kind; 0 is the place of a zero
+        kinds = [[cell for cell in self.cells if cell.reduction == kind] for kind in (False, True)]
+        shares = [cells[0].shares(of) if cells else of[0, :0] for cells, of in zip(kinds, edges)]
+        self._kinds = [(len(cells), len(share)) for cells, share in zip(kinds, shares)]
+        self.register_buffer("shares", torch.cat(shares), persistent=False)
 
     def packing(self) -> list[nn.Parameter]:
         """The weights in the order of the flat vector that `with_weights` takes."""
@@ -202,14 +203,13 @@ class Supernet(nn.Module):
         weights, arranged = self._unpack(w), self._arrange(w) if self.training else [()] * len(self.cells)
         pool = Pool.of_all(len(x)) if self.synced and self.training else None
         statistics = Statistics(batch=self.training, keep=not self.frozen, pool=pool)
-        normal = self._shares(self.alphas_normal, self.shares_normal, False, w.dtype)
-        reduce = self._shares(self.alphas_reduce, self.shares_reduce, True, w.dtype)
+        shares = self._shares(w.dtype)
         x = conv2d(x.contiguous(memory_format=torch.channels_last), next(weights), padding=1).permute(0, 2, 3, 1)
         out = statistics.normalise(x, [self.stem[1]], next(weights), next(weights))
         s0 = s1 = out.relu()  # every cell begins with it
         for cell, kernels in zip(self.cells, arranged):
             own = list(islice(weights, cell.takes))
-            out = self.run_cell(cell, s0, s1, next(reduce if cell.reduction else normal), own, kernels, statistics)
+            out = self.run_cell(cell, s0, s1, next(shares[cell.reduction]), own, kernels, statistics)
             s0, s1 = s1, out.relu()
         statistics.update()
         statistics.keep = False  # a checkpointed cell that is computed again brings no other batch
@@ -221,14 +221,15 @@ class Supernet(nn.Module):
 
     def _arrange(self, w: Tensor) -> list[list[Tensor]]:
         """Depthwise kernels in other orders by cell, see `MixedEdges.arrangements`: in one call for all."""
-        flat = torch.cat([w, w.new_zeros(1)]).index_select(0, self.arrangement)
+        flat = pad(w, (0, 1)).index_select(0, self.arrangement)
         parts = iter(flat.split([shape.numel() for shapes in self._arranged for shape in shapes]))
         return [[next(parts).view(shape) for shape in shapes] for shapes in self._arranged]
 
-    def _shares(self, alphas: Tensor, places: Tensor, reduction: bool, dtype: torch.dtype) -> Iterator[Tensor]:
-        """The probabilities of equation 2 as each cell of a kind takes them, from that kind's alphas."""
-        flat = pad(alphas.softmax(dim=-1).to(dtype).flatten(), (1, 0)).index_select(0, places)
-        return iter(flat.expand(sum(cell.reduction == reduction for cell in self.cells), -1).unbind())
+    def _shares(self, dtype: torch.dtype) -> list[Iterator[Tensor]]:
+        """The probabilities of equation 2 as cells take them: for each normal cell, then for each reduction cell."""
+        p = torch.stack([self.alphas_normal, self.alphas_reduce]).softmax(dim=-1).to(dtype)
+        parts = pad(p.flatten(), (1, 0)).index_select(0, self.shares).split([size for _, size in self._kinds])
+        return [iter(part.expand(count, -1).unbind()) for part, (count, _) in zip(parts, self._kinds)]
 
     def alphas(self) -> dict[str, nn.Parameter]:
         """The architecture parameters by name."""

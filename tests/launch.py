@@ -41,6 +41,7 @@ def _run(command: list[str], cwd: str, outputs: list[str]) -> None:
         del sys.modules[name]
     libraries = [path for path in sys.path if path.startswith((sys.prefix, sys.base_prefix))]
     os.chdir(cwd)
+    sys.dont_write_bytecode = False  # as pytest-xdist has it
     if command[0] == "-m":
         sys.argv, sys.path[:] = command[1:], [cwd, *libraries]
         runpy.run_module(command[1], run_name="__main__", alter_sys=True)
