@@ -94,12 +94,12 @@ def rectify(y: Tensor, size: int, memory: Sequence[Tensor | None] | None, by_han
         return list(y.relu().split(size))
     parts, rectified = y.split(size), []
     for part, out in zip(parts, memory or [None] * len(parts)):
-        if out is None and not _is_small(y, y.shape[1:]):
-            rectified.append(part.relu() if kept else part.relu_())
-            continue
-        if out is None:
+        if out is None and _is_small(y, y.shape[1:]):
             out = y.new_empty(*y.shape[1:4], size, y.shape[4]).permute(3, 0, 1, 2, 4)
-        rectified.append(torch.clamp_min(part, 0, out=out))
+        if out is None:
+            rectified.append(part.relu() if kept else part.relu_())
+        else:
+            rectified.append(torch.clamp_min(part, 0, out=out))
     return rectified
 
 

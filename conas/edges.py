@@ -146,7 +146,8 @@ class Room(NamedTuple):
         S, E, stride = mixed[0].S, mixed[0].E, mixed[0].stride
         N, H, W, C = like.shape
         size, pools, first = (N, -(-H // stride), -(-W // stride), C), len(mixed[0].pools), S if stride == 1 else 0
-        step, counts = 2 + pools, [S * 2 + first * pools, (E - 1) * (2 + pools) + 1]
+        step = 2 + pools
+        counts = [S * 2 + first * pools, (E - 1) * step + 1]
         inputs, nodes = (like.new_empty(sum(counts), *size).split(counts) if stride == 1 else
                          [like.new_empty(counts[0], *like.shape), like.new_empty(counts[1], *size)])
         sums, indices = nodes[::step], [None] * E

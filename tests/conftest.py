@@ -2,7 +2,6 @@
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -21,20 +20,16 @@ class Clone:
     def __init__(self, root: Path):
         self.root = root
 
-    def run(self, script: str, *arguments: object, cwd: Path | str | None = None, fresh: bool = False, **settings
+    def run(self, script: str, *arguments: object, cwd: Path | str | None = None, **settings
             ) -> subprocess.CompletedProcess:
         """Run a script, by default from its own folder, as the README says, or `-m` and a module, from the root.
 
-        If `fresh`, by a new interpreter, with `settings` of subprocess; else see tests/launch.py.
+        `settings` are those of tests/launch.py.
         """
         path = self.root / script
         cwd = path.parent if cwd is None else cwd
         name = path.name if Path(cwd) == path.parent else str(path)
-        command = ["-m" if script == "-m" else name, *map(str, arguments)]
-        if not fresh:
-            return start(*command, cwd=cwd)
-        return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=300,
-                              **settings)
+        return start(name, *arguments, cwd=cwd, **settings)
 
 
 def clone(target: Path) -> Clone:

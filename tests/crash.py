@@ -19,12 +19,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
-import matplotlib.backends.backend_agg
 import matplotlib.backends.backend_svg  # noqa: F401
 import torch
-import torch._dynamo
 
 from cnn_space2 import genotypes as module
 from cnn_space2.architect import Architect
@@ -36,6 +35,7 @@ from conas.checkpoint import load
 from conas.keeper import Keeper
 from conas.published import GENOTYPES
 from conas.run import Run
+from tests.launch import LIBRARIES
 
 SMALL = ["--dataset", "digits", "--subset", "64", "--init_channels", "2", "--layers", "3", "--batch_size", "16",
          "--epochs", "2", "--device", "cpu", "--checkpoint_minutes", "0"]  # a state after every step
@@ -143,6 +143,8 @@ def matrix(kind: str, root: Path, kills: int | None) -> tuple[list[tuple[int, st
 
     Returns for each kill the event's number and name and the differences, and the number of events of a run.
     """
+    for library in LIBRARIES:  # of which runs import some when they need them
+        import_module(library)
     run = RUNS[kind]
     whole = root / "whole" / "cnn_space2"
     status, events = in_child(lambda: run(whole))

@@ -15,11 +15,16 @@ LIBRARIES = ["numpy", "torch", "torch._dynamo", "torchvision", "PIL.Image", "tqd
              "matplotlib.backends.backend_svg"]
 
 
-def start(*command: str | Path, cwd: str | Path, timeout: float = 300) -> subprocess.CompletedProcess:
-    """The end of `python COMMAND`: a script and its arguments, or -m, a module and its arguments."""
+def start(*command: object, cwd: str | Path, timeout: float = 300, fresh: bool = False, **settings
+          ) -> subprocess.CompletedProcess:
+    """The end of `python COMMAND`: a script and its arguments, or -m, a module and its arguments.
+
+    If `fresh`, of a new interpreter after all, with `settings` of subprocess.
+    """
     command = list(map(str, command))
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=timeout)
+    if fresh or "forkserver" not in multiprocessing.get_all_start_methods():
+        return subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, timeout=timeout,
+                              **settings)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(LIBRARIES)
     with tempfile.TemporaryDirectory() as folder:
