@@ -30,7 +30,7 @@ from conas.search import weight_step
 from conas.supernet import Supernet
 
 XI = 0.1
-STEPS = {16: 3, 15: 1}  # by size of batch; 15 images are 8 and 7
+STEPS = {16: 2, 15: 1}  # by size of batch; 15 images are 8 and 7
 SMALL = ["--dataset", "digits", "--subset", "100", "--init_channels", "2", "--layers", "3", "--epochs", "2"]
 # Adam's first step moves an alpha by the rate whatever its gradient is, so that one rounded to the other side of zero
 # would set two float32 searches apart; the alphas' own steps are compared in float64
@@ -57,7 +57,7 @@ def batch(images: int, step: int, own: slice | None = None) -> Batch:
 def search(images: int, sync_bn: bool, steps: int) -> dict[str, Tensor]:
     """Steps over all operations: hypergradients, losses, and all that the network is in the end."""
     torch.manual_seed(0)
-    network = Everything(C=2, layers=3).double()
+    network = Everything(C=1, layers=3).double()
     network.synced = sync_bn
     optimizer = torch.optim.SGD(network.weights().values(), lr=XI, momentum=0.9, weight_decay=3e-4)
     architect, found = Architect(network, optimizer, arch_learning_rate=0.01), {}

@@ -11,8 +11,8 @@ PROGRAM = """
 import sys
 from pathlib import Path
 from tests.crash import matrix
-results, events = matrix(sys.argv[1], Path(sys.argv[2]), 14)
-assert len({number for number, *_ in results}) == 14 and events > 150
+results, events = matrix(sys.argv[1], Path(sys.argv[2]), kills := int(sys.argv[3]))
+assert len({number for number, *_ in results}) == kills and events > 150
 for number, name, differ in results:
     assert not differ, f"killed at event {number}, {name}: {differ}"
 print("all alike")
@@ -20,9 +20,9 @@ print("all alike")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("kind", ["search", "training"])
-def test_killed_anywhere_it_ends_alike(kind, tmp_path):
+@pytest.mark.parametrize("kind, kills", [("search", 10), ("training", 14)])
+def test_killed_anywhere_it_ends_alike(kind, kills, tmp_path):
     # in a process of its own, since forks of this one would inherit the threads of other tests
-    done = subprocess.run([sys.executable, "-c", PROGRAM, kind, tmp_path], cwd=ROOT, capture_output=True, text=True,
-                          timeout=400)
+    done = subprocess.run([sys.executable, "-c", PROGRAM, kind, tmp_path, str(kills)], cwd=ROOT, capture_output=True,
+                          text=True, timeout=400)
     assert done.returncode == 0 and "all alike" in done.stdout, done.stderr[-2000:]

@@ -1,8 +1,10 @@
 """Exported committees: equal to the tested one on real images, and usable where there is no CoNAS."""
 import json
 import re
+import shutil
 import subprocess
 import sys
+from importlib import util
 
 import numpy as np
 import pytest
@@ -11,57 +13,90 @@ from PIL import Image
 
 from conas.data import load
 from conas.errors import InputError
+from conas.spaces import discover
 from ensemble import export
-from ensemble.network import CommitteeNetwork, load_committee
+from ensemble.network import load_committee
 from tests.conftest import ROOT
 from tests.test_predict import stored
-from tests.untrained import committee_clone  # noqa: F401
+from tests.untrained import committee_clone, write_runs  # noqa: F401
+
+ONNX = all(util.find_spec(package) for package in ("onnx", "onnxruntime", "onnxscript"))
+BATCHES = 1, 2, 77, 200
+SMALL_SPACE = '"""Few operations."""\nPRIMITIVES = "none", "max_pool_3x3", "skip_connect"\n'
+# the first argument is for the example of the docs
+PROGRAM = f"""
+import importlib.util, sys
+sys.path = [path for path in sys.path if path != {str(ROOT)!r}]
+assert not importlib.util.find_spec("conas")
+exec(open("classify.py").read())
+images = torch.from_numpy(np.load(sys.argv[2]))
+np.savez(sys.argv[3], *[committee(images[:count]).numpy() for count in {BATCHES}])
+"""
 
 
 @pytest.fixture(scope="module")
 def pair(committee_clone):
-    """The committee of the last two spaces only, since tracing takes its time."""
-    done = committee_clone.run("test_ensemble.py", "--spaces", "cnn_space2", "cnn_space3")
-    assert done.returncode == 0, done.stderr
-    return committee_clone
+    """The committee of space 3 and of a small space, since tracing takes its time."""
+    root = committee_clone.root
+    shutil.copytree(root / "cnn_space3", root / "cnn_space4", ignore=shutil.ignore_patterns("search-*"))
+    (root / "cnn_space4" / "genotypes.py").write_text(SMALL_SPACE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(root)
+        patch.delitem(sys.modules, "cnn_space4", raising=False)
+        write_runs(root, "digits", "data", None, 200, 2, discover(root)[3:])
+        done = committee_clone.run("test_ensemble.py", "--spaces", "cnn_space3", "cnn_space4")
+        assert done.returncode == 0, done.stderr
+        yield committee_clone
 
 
-def probabilities_of(clone) -> np.ndarray:
-    """The probabilities of `pair`, from what test_all stores."""
-    return stored(clone)[1][1:].mean(axis=0)
+@pytest.fixture(scope="module")
+def probabilities(pair) -> np.ndarray:
+    """Of `pair`, from what test_all stores."""
+    return stored(pair)[1][2:].mean(axis=0)
+
+
+@pytest.fixture(scope="module")
+def images() -> np.ndarray:
+    return load("digits", "data", "test", subset=200).images.numpy()
 
 
 @pytest.fixture(scope="module")
 def exported(pair, tmp_path_factory):
-    path = tmp_path_factory.mktemp("exported") / "committee.pt2"
-    done = pair.run("-m", "ensemble.export", path)
+    """The folder of committee.pt2 and, if there are the packages for it, committee.onnx."""
+    folder = tmp_path_factory.mktemp("exported")
+    flags = ["--onnx", folder / "committee.onnx"] if ONNX else []
+    done = pair.run("-m", "ensemble.export", folder / "committee.pt2", *flags)
     assert done.returncode == 0, done.stderr
-    assert "equal to the committee's within" in done.stdout
-    return path
+    assert done.stdout.count("equal to the committee's within") == len(list(folder.iterdir())) == 1 + ONNX
+    return folder
 
 
-def test_any_batch_gives_the_tested_probabilities(pair, exported):
-    program = torch.export.load(exported).module()
-    images = load("digits", "data", "test", subset=200).images
-    committee = probabilities_of(pair)
-    for batch in (images[:1], images[:2], images[:77], images):
-        got = program(batch)
-        assert got.dtype == torch.float32
-        np.testing.assert_allclose(got.numpy(), committee[:len(batch)], atol=2e-6)
-
-
-def test_the_example_of_the_docs_runs_without_the_repository(pair, exported, tmp_path):
+def test_the_example_of_the_docs_and_any_batch_without_the_repository(exported, probabilities, images, tmp_path):
     text = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
     example = next(code for code in re.findall(r"```python\n(.*?)```", text, re.S) if "torch.export.load" in code)
-    (tmp_path / "classify.py").write_text(example.replace("committee.pt2", str(exported)))
-    Image.fromarray(load("digits", "data", "test", subset=200).images[3, 0].numpy()).save(tmp_path / "digit.png")
-    code = f"import sys; sys.path = [p for p in sys.path if {str(ROOT)!r} != p]; sys.argv[1:] = ['digit.png']; " \
-           "import importlib.util as u; assert not u.find_spec('conas'); exec(open('classify.py').read())"
-    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    (tmp_path / "classify.py").write_text(example.replace("committee.pt2", str(exported / "committee.pt2")))
+    Image.fromarray(images[3, 0]).save(tmp_path / "digit.png")
+    np.save(tmp_path / "images.npy", images)
+    done = subprocess.run([sys.executable, "-I", "-c", PROGRAM, "digit.png", "images.npy", "found.npz"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    committee = probabilities_of(pair)
-    best = committee[3].argmax()
-    assert str(best) in done.stdout and f"{100 * committee[3][best]:.1f}" in done.stdout
+    best = probabilities[3].argmax()
+    assert done.stdout == f"{best} {100 * probabilities[3][best]:.1f} %\n"
+    with np.load(tmp_path / "found.npz") as found:
+        for batch, got in zip(BATCHES, found.values(), strict=True):
+            assert got.dtype == np.float32
+            np.testing.assert_allclose(got, probabilities[:batch], atol=2e-6)
+
+
+@pytest.mark.skipif(not ONNX, reason="needs onnx, onnxruntime and onnxscript")
+def test_onnx(exported, probabilities, images):
+    import onnxruntime
+    session = onnxruntime.InferenceSession(exported / "committee.onnx")
+    about = json.loads(session.get_modelmeta().custom_metadata_map[export.ABOUT])
+    assert about["classes"] == list("0123456789") and about["mode"] == "L" and about["image_size"] == 8
+    for batch in BATCHES:
+        got = session.run(None, {"images": images[:batch]})[0]
+        np.testing.assert_allclose(got, probabilities[:batch], atol=1e-5)
 
 
 @torch.no_grad()
@@ -82,20 +117,3 @@ def test_a_file_that_is_not_equal_is_not_written(pair, tmp_path):
 def test_wrong_arguments(pair, arguments, word):
     done = pair.run("-m", "ensemble.export", *arguments)
     assert done.returncode == 2 and done.stderr.startswith("error: ") and word in done.stderr
-
-
-def test_onnx(pair, tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
-    pytest.importorskip("onnxscript")
-    whole = load_committee(pair.root, "EXP")
-    network = CommitteeNetwork(whole.networks[1:], whole.names[1:], whole.dataset, "mean_softmax", weights=[1.0],
-                               temperatures=[1.0], temperature=1.0, crops=[None])  # one member: the conversion is slow
-    images, expected = export.test_images(network, None, 20)
-    path = str(tmp_path / "committee.onnx")
-    check = export.checker(network, images, expected, path)
-    assert export.write_onnx(path, export.export_program(network, images), export.about(network), check) < 1e-5
-    session = onnxruntime.InferenceSession(path)
-    about = json.loads(session.get_modelmeta().custom_metadata_map[export.ABOUT])
-    assert about["classes"] == list("0123456789") and about["mode"] == "L" and about["image_size"] == 8
-    got = session.run(None, {"images": images[:7].numpy()})[0]
-    np.testing.assert_allclose(got, stored(pair)[1][2, :7], atol=1e-5)

@@ -1,5 +1,6 @@
 """Runs without a search: supernets with random weights and alphas, saved as a search would save them."""
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -8,18 +9,19 @@ import torch
 from conas import checkpoint as checkpoints
 from conas.data import load
 from conas.files import write_json
-from conas.spaces import discover
+from conas.spaces import Space, discover
 from tests.conftest import ROOT, Clone
 
 
-def write_runs(root: Path, dataset: str, data: str, image_size: int | None, subset: int | None, epochs: int) -> None:
-    """search-EXP of every space below `root`."""
+def write_runs(root: Path, dataset: str, data: str, image_size: int | None, subset: int | None, epochs: int,
+               spaces: Sequence[Space] | None = None) -> None:
+    """search-EXP of every space below `root`, or of these."""
     images = load(dataset, data, "train", image_size, subset)
     about = {"name": dataset, "root": data, "image_size": images.info.image_size, "subset": subset,
              "classes": list(images.info.classes), "fingerprint": images.fingerprint, "train_portion": 0.5,
              "split_seed": 0}
     torch.manual_seed(0)
-    for space in discover(ROOT):
+    for space in discover(ROOT) if spaces is None else spaces:
         folder = root / space.name / "search-EXP"
         arguments = {"seed": 2, "dataset": dataset, "epochs": epochs}
         write_json(folder / "args.json", {"version": "0", "arguments": arguments})
