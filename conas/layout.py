@@ -10,6 +10,9 @@ import random
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+from numpy.typing import ArrayLike
+
 from conas.genotype import Edge
 
 Point = tuple[float, float]
@@ -90,42 +93,57 @@ def arrange(spans: Sequence[range], columns: Sequence[dict[int, float]],
     gaps = [[(a, b) for a, b in links if spans[a].stop == at] + [(i, i) for i, span in enumerate(spans)
             if span.start < at < span.stop] for at in range(1, len(columns))]
     pairs = [(*one, *two) for gap in gaps for one, two in itertools.combinations(gap, 2)]
+    a, b, c, d = np.array(pairs, dtype=int).reshape(-1, 4).T
+    left, right = np.array(links, dtype=int).reshape(-1, 2).T
+    inside = [(np.array(list(column)), np.array(list(column.values()))) for column in columns]
 
-    def push(y: list[float]) -> None:
-        for column in columns:
-            order = sorted(column, key=y.__getitem__)
-            for item, height in zip(order, spread([y[i] for i in order], [column[i] for i in order])):
-                y[item] = height
+    # `y` has a row for each start, and columns for the items
+    def push(y: np.ndarray) -> None:
+        for items, halves in inside:
+            order = y[:, items].argsort(axis=1, kind="stable")
+            y[np.arange(len(y))[:, None], items[order]] = spread(np.sort(y[:, items], axis=1), halves[order])
 
-    def relax(y: list[float], rounds: int) -> list[float]:
+    def relax(y: np.ndarray, rounds: int) -> np.ndarray:
         for _ in range(rounds):
             for item, others in enumerate(near):
-                y[item] = (y[item] + sum(y[i] for i in others) / len(others)) / 2 if others else y[item]
+                if others:
+                    y[:, item] = (y[:, item] + y[:, others].mean(axis=1)) / 2
             push(y)
         return y
 
-    def cost(y: list[float]) -> float:
-        crossings = sum((y[a] - y[c]) * (y[b] - y[d]) < 0 for a, b, c, d in pairs)
-        return crossings + 0.3 * sum((y[a] - y[b]) ** 2 for a, b in links)
+    def least(y: np.ndarray) -> np.ndarray:
+        crossings = ((y[:, a] - y[:, c]) * (y[:, b] - y[:, d]) < 0).sum(axis=1)
+        at = (crossings + 0.3 * ((y[:, left] - y[:, right]) ** 2).sum(axis=1)).argmin()
+        return y[at:at + 1]
 
-    best = min((relax([generator.uniform(-1, 1) for _ in spans], 4) for _ in range(500)), key=cost)
-    y = min(best, relax(best.copy(), 40), key=cost)
+    starts = np.array([[generator.uniform(-1, 1) for _ in spans] for _ in range(500)])
+    best = least(relax(starts, 4))
+    y = least(np.concatenate([best, relax(best.copy(), 40)])).copy()
     for _ in range(100):  # alternating projections converge to no overlap in any column
+        before = y.copy()
         push(y)
-    sign = 1 if y[0] > y[1] else -1  # a mirrored layout is as good: let c_{k-2} be above c_{k-1}
-    low = min(sign * y[item] - half for column in columns for item, half in column.items())
-    return [MARGIN + sign * height - low for height in y]
+        if np.abs(y - before).max() < 1e-12:
+            break
+    heights = y[0] if y[0, 0] > y[0, 1] else -y[0]  # mirrored it is as good: let c_{k-2} be above c_{k-1}
+    low = min((heights[items] - halves).min() for items, halves in inside)
+    return (MARGIN + heights - low).tolist()
 
 
-def spread(wanted: Sequence[float], halves: Sequence[float], low=-math.inf, high=math.inf) -> list[float]:
-    """The positions nearest to `wanted` (least squares) in its order, `halves` clear of each other, in the bounds."""
-    offsets = list(itertools.accumulate((a + b for a, b in itertools.pairwise(halves)), initial=0))
-    blocks: list[tuple[float, int]] = []  # isotonic regression, pool adjacent violators: sums and sizes of the pools
-    for position, offset in zip(wanted, offsets):
-        total, size = position - offset, 1
-        while blocks and blocks[-1][0] / blocks[-1][1] > total / size:
-            total, size = total + blocks[-1][0], size + blocks[-1][1]
-            blocks.pop()
-        blocks.append((total, size))
-    levels = [total / size for total, size in blocks for _ in range(size)]
-    return [min(max(level, low), high - offsets[-1]) + offset for level, offset in zip(levels, offsets)]
+def spread(wanted: ArrayLike, halves: ArrayLike, low: float = -math.inf, high: float = math.inf) -> np.ndarray:
+    """The positions (..., n) nearest to `wanted` (least squares) in its order, `halves` clear of each other, in the
+    bounds.
+
+    Isotonic regression by the formula of Barlow et al. (1972): a level is the greatest, over all beginnings, of the
+    least mean of what begins there and ends here or later.
+    """
+    wanted, halves = np.asarray(wanted, dtype=float), np.asarray(halves, dtype=float)
+    offsets = np.zeros(wanted.shape)
+    offsets[..., 1:] = np.cumsum(halves[..., :-1] + halves[..., 1:], axis=-1)
+    sums = np.zeros((*wanted.shape[:-1], wanted.shape[-1] + 1))
+    sums[..., 1:] = np.cumsum(wanted - offsets, axis=-1)
+    first = np.arange(wanted.shape[-1])
+    size = first + 1 - first[:, None]  # from a row's first to a column's last
+    means = np.where(size > 0, sums[..., None, 1:] - sums[..., :-1, None], np.inf) / np.where(size > 0, size, 1)
+    least = np.minimum.accumulate(means[..., ::-1], axis=-1)[..., ::-1]
+    levels = np.where(size > 0, least, -np.inf).max(axis=-2)
+    return np.minimum(np.maximum(levels, low), high - offsets[..., -1:]) + offsets

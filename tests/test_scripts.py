@@ -39,7 +39,7 @@ def searched(bare_clone, tmp_path_factory) -> Clone:
     shutil.copytree(bare_clone.root, root)
     clone = Clone(root)
     for space, cwd in zip(SPACES, (None, root, "/")):
-        done = clone.run(f"{space}/train_search.py", *SMALL, "--epochs", "2", cwd=cwd, fresh=True)
+        done = clone.run(f"{space}/train_search.py", *SMALL, "--epochs", "2", cwd=cwd, fresh=cwd == "/")
         assert done.returncode == 0, done.stderr
     return clone
 
