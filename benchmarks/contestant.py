@@ -1,4 +1,5 @@
 """What benchmarks/search_step.py compares: two implementations, each with a network, optimizers and random batches."""
+from functools import lru_cache
 from importlib import import_module
 
 import torch
@@ -6,6 +7,7 @@ import torch
 from benchmarks import textbook
 from conas.config import WeightOptions
 from conas.graphs import WARM_UP, Replayed, ReplayedForward, on_device
+from conas.prepared import prepared
 from conas.search import weight_optimizer, weight_step
 
 RECIPE = WeightOptions()
@@ -40,7 +42,7 @@ class Contestant:
         def evaluation():
             self.network.eval()
             with torch.inference_mode():
-                forward(images)
+                forward()(images)
             self.network.train()
 
         if name == "ours":
@@ -50,10 +52,11 @@ class Contestant:
             self.works = {"architect": lambda: architect.step(train, valid, rate, optimizer),
                           "weights": lambda: textbook.weight_step(self.network, optimizer, train, RECIPE.grad_clip)}
         self.works["evaluation"] = evaluation
-        self.graph, forward = None, self.network
+        # as test_all.py prepares a network, but for one batch only
+        self.graph, forward = None, lambda: prepared(ours) if name == "ours" else self.network
         if name == "ours" and train[0].device.type == "cuda" and dtype == torch.float32:
             # not in float64, which is for comparing: an Adam that a graph can hold corrects its bias in float32
-            forward = ReplayedForward(ours, train[0].device)
+            forward = lru_cache(lambda: ReplayedForward(prepared(ours), train[0].device))  # of the first weights
             for own in (optimizer, architect.alpha_optimizer):
                 on_device(own, True)
 

@@ -67,8 +67,8 @@ def measure(flags: list[str], steps: int | None, device: torch.device) -> dict:
     clock = Clock(device)
 
     class TimedNetwork(Network):
-        def forward(self, *arguments):
-            passing = super().forward
+        def with_weights(self, *arguments):
+            passing = super().with_weights
             return passing(*arguments) if self.training else clock.timed("validation", passing)(*arguments)
 
     class TimedArchitect(Architect):

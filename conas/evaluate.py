@@ -19,6 +19,7 @@ from conas.data import ImageSet, load
 from conas.errors import InputError
 from conas.files import write_text
 from conas.graphs import ReplayedForward, capture
+from conas.prepared import prepared
 from conas.run import best_checkpoint, folder_name, list_checkpoints
 from conas.scores import Scores, load_scores, save_scores, topk_accuracy
 from conas.sources import is_split_here
@@ -43,7 +44,7 @@ def predict(network: nn.Module, images: ImageSet, batch_size: int, device: torch
 def predict_all(networks: Sequence[nn.Module], images: ImageSet, batch_size: int, device: torch.device,
                 indices: Tensor | None = None, workers: int = 0, crop: int | None = None) -> list[Tensor]:
     """The logits of several networks, each as of `predict`, from one pass over the images."""
-    networks = [network.to(device, memory_format=torch.channels_last).eval() for network in networks]
+    networks = [prepared(network.to(device)) for network in networks]
     indices = torch.arange(len(images)) if indices is None else indices
     own = indices[distributed.part(len(indices))]
     batches = tqdm(images.batches(batch_size, device, own, workers, crop) if len(own) else (), desc="images",

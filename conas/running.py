@@ -22,12 +22,11 @@ def _contribution(edges, x, p, q, weights, statistics):
     rectified, E, C = x.relu(), edges.E, x.shape[-1]
     out = _plain(edges, x, q, edges.own_maps(rectified, weights.own, statistics), statistics)
     if weights.last:
-        norms = edges.layers(edges.sep + edges.dil, -1)
-        scale, shift = running_scale(square(weights.last[0]), p, norms)
+        scale, shift = statistics.once(lambda: _last_scale(edges, p, weights))
     total, group = out.view(E, -1, C), 0
     if edges.sep:
-        norms = edges.layers(edges.sep, 3)
-        halfway_scale, halfway_shift = running_scale(square(weights.halfway[0]), None, norms)
+        halfway_scale, halfway_shift = statistics.once(lambda: running_scale(square(weights.halfway[0]), None,
+                                                                             edges.layers(edges.sep, 3)))
     for kernel, second in zip(weights.first, weights.second):
         for z in blockwise(rectified, kernel, edges.stride):
             groups, at = slice(group, group + len(z)), group % (edges.S * E) * C
@@ -41,23 +40,37 @@ def _contribution(edges, x, p, q, weights, statistics):
             _add_products(total, z, scale[group:group + len(z)], group)
             group += len(z)
     if weights.last:
-        total += shift.view(-1, E, 1, C).sum(0)
+        total += shift
     return out
+
+
+def _last_scale(edges, p, weights):
+    """`scaled` of all convolutions as `running_scale` has it, and the sum of the shifts (E, 1, C) for every node."""
+    scale, shift = running_scale(square(weights.last[0]), p, edges.layers(edges.sep + edges.dil, -1))
+    return scale, shift.view(-1, edges.E, *shift.shape[1:]).sum(0)
 
 
 def _plain(edges, x, q, own, statistics):
     """What pools, skips and `own` maps add to each node, (E, N, H', W', C)."""
-    rest = ([x] if edges.skip else []) + own
-    shape, pools, skips = (edges.E, *_after(x, edges.stride)), len(edges.pools) * edges.S, len(edges.skip) * edges.S
-    q_pools, q_rest = q[:, skips:skips + pools], torch.cat([q[:, :skips], q[:, skips + pools:]], 1)
+    rest, shape = ([x] if edges.skip else []) + own, (edges.E, *_after(x, edges.stride))
+    q_rest, scale, shift = statistics.once(lambda: _plain_scale(edges, q, x.dtype))
     out = (q_rest @ torch.cat(rest).flatten(1)).view(shape) if rest else x.new_zeros(shape)
-    if pools:
-        scale, shift = (t.to(x.dtype).view(pools, edges.E, 1, 1, 1, -1)
-                        for t in statistics.running_scale(edges.pool_norms(), q_pools.t().flatten()))
+    if edges.pools:
         for maps, by in zip(torch.cat([pooled(name, x, edges.stride) for name in edges.pools]), scale):
             out.addcmul_(maps, by)
-        out += shift.sum(0)
+        out += shift
     return out
+
+
+def _plain_scale(edges, q, dtype):
+    """q of all but pools, (E, M); by pool the scale (E, 1, 1, 1, C) of its map, and the sum of their shifts."""
+    skips, pools = edges.S * len(edges.skip), edges.S * len(edges.pools)
+    q_rest, q_pools = torch.cat([q[:, :skips], q[:, skips + pools:]], 1), q[:, skips:skips + pools]
+    if not pools:
+        return q_rest, q, q
+    scale, shift = (t.to(dtype).view(pools, edges.E, 1, 1, 1, -1)
+                    for t in Statistics.running_scale(edges.pool_norms(), q_pools.t().flatten()))
+    return q_rest, scale, shift.sum(0)
 
 
 def _after(x: Tensor, stride: int) -> Sequence[int]:

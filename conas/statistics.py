@@ -1,6 +1,7 @@
 """What BatchNorm normalises by in one pass through a supernet, and what the pass leaves behind."""
 from collections.abc import Callable, Sequence
 from itertools import chain
+from operator import call
 
 import torch
 from torch import Tensor, nn
@@ -12,13 +13,14 @@ from conas.synced import Pool, batch_norm, normalise, normalise_back, unbiased_v
 class Statistics:
     """Of one pass: those of the batch if `batch`, else the running ones of the modules.
 
-    The batch is the images of `pool`, which other processes may share. What `add` takes is of all of them.
+    The batch is the images of `pool`, which other processes may share. What `add` takes is of all of them. `once` gives
+    what a function makes that takes no images, see conas/prepared.py.
     Statistics of the batch enter the running ones at the end of the pass, in `update`, if they are to be kept: one
     call for all modules instead of three for each.
     """
 
-    def __init__(self, batch: bool, keep: bool, pool: Pool | None = None):
-        self.batch, self.keep, self.pool = batch, batch and keep, pool or Pool()
+    def __init__(self, batch: bool, keep: bool, pool: Pool | None = None, once: Callable = call):
+        self.batch, self.keep, self.pool, self.once = batch, batch and keep, pool or Pool(), once
         self._seen: list[tuple[Sequence[nn.BatchNorm2d], Tensor, Tensor, int]] = []
 
     def add(self, norms: Sequence[nn.BatchNorm2d], mean: Tensor, rstd: Tensor, pixels: int) -> None:
@@ -57,7 +59,7 @@ class Statistics:
             x, mean, rstd = batch_norm(x, weight, bias, eps, self.pool)
             self.add(norms, mean, rstd, x.numel() // x.shape[1])
         else:
-            mean, variance = (statistic.view(-1).to(x.dtype) for statistic in self.running(norms))
+            mean, variance = self.once(lambda: [of.view(-1).to(x.dtype) for of in self.running(norms)])
             x = nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
         return x.permute(0, 2, 3, 1)
 
@@ -68,7 +70,7 @@ class Statistics:
         By hand that one is in x's own memory.
         """
         if not self.batch:
-            scale, shift = (t[:, None, None].to(x.dtype) for t in self.running_scale(norms))
+            scale, shift = self.once(lambda: [t[:, None, None].to(x.dtype) for t in self.running_scale(norms)])
             return torch.addcmul(shift, x, scale), None
         rows = x.view(len(x), -1, x.shape[-1])
         y, mean, rstd = normalise(rows, norms[0].eps, self.pool, tape.by_hand)

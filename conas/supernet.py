@@ -2,7 +2,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from itertools import chain, islice
+from itertools import chain, islice, zip_longest
 from math import prod
 from operator import call
 
@@ -198,26 +198,29 @@ class Supernet(nn.Module):
         with torch.autocast(kind, enabled=False):
             return self.with_weights(x.to(dtype), w.to(dtype)).to(w.dtype)
 
-    def with_weights(self, x: Tensor, w: Tensor) -> Tensor:
-        """`forward` with the weights in the flat vector `w` in place of the network's own."""
-        weights, arranged = self._unpack(w), self._arrange(w) if self.training else [()] * len(self.cells)
+    def with_weights(self, x: Tensor, w: Tensor | None, once: Callable = call) -> Tensor:
+        """`forward` with the weights in the flat vector `w` in place of the network's own.
+
+        `once` gives what a function makes that takes no images, see conas/prepared.py; if it asks none, w may be None.
+        """
+        weights, arranged = iter(once(lambda: self._unpack(w))), self._arrange(w) if self.training else ()
         pool = Pool.of_all(len(x)) if self.synced and self.training else None
-        statistics = Statistics(batch=self.training, keep=not self.frozen, pool=pool)
-        shares = self._shares(w.dtype)
+        statistics = Statistics(batch=self.training, keep=not self.frozen, pool=pool, once=once)
+        shares = once(lambda: self._shares(w.dtype))
         x = conv2d(x.contiguous(memory_format=torch.channels_last), next(weights), padding=1).permute(0, 2, 3, 1)
         out = statistics.normalise(x, [self.stem[1]], next(weights), next(weights))
         s0 = s1 = out.relu()  # every cell begins with it
-        for cell, kernels in zip(self.cells, arranged):
+        for cell, share, kernels in zip_longest(self.cells, shares, arranged, fillvalue=()):
             own = list(islice(weights, cell.takes))
-            out = self.run_cell(cell, s0, s1, next(shares[cell.reduction]), own, kernels, statistics)
+            out = self.run_cell(cell, s0, s1, share, own, kernels, statistics)
             s0, s1 = s1, out.relu()
         statistics.update()
         statistics.keep = False  # a checkpointed cell that is computed again brings no other batch
         return linear(out.mean(dim=(1, 2)), next(weights), next(weights))
 
-    def _unpack(self, w: Tensor) -> Iterator[Tensor]:
+    def _unpack(self, w: Tensor) -> list[Tensor]:
         packs = w.split([sum(p.numel() for p in pack) for pack in self._packs])
-        return iter([flat.view(-1, *pack[0].shape[1:]) for flat, pack in zip(packs, self._packs)])
+        return [flat.view(-1, *pack[0].shape[1:]) for flat, pack in zip(packs, self._packs)]
 
     def _arrange(self, w: Tensor) -> list[list[Tensor]]:
         """Depthwise kernels in other orders by cell, see `MixedEdges.arrangements`: in one call for all."""
@@ -225,11 +228,12 @@ class Supernet(nn.Module):
         parts = iter(flat.split([shape.numel() for shapes in self._arranged for shape in shapes]))
         return [[next(parts).view(shape) for shape in shapes] for shapes in self._arranged]
 
-    def _shares(self, dtype: torch.dtype) -> list[Iterator[Tensor]]:
-        """The probabilities of equation 2 as cells take them: for each normal cell, then for each reduction cell."""
+    def _shares(self, dtype: torch.dtype) -> list[Tensor]:
+        """The probabilities of equation 2 by cell, as these take them."""
         p = torch.stack([self.alphas_normal, self.alphas_reduce]).softmax(dim=-1).to(dtype)
         parts = pad(p.flatten(), (1, 0)).index_select(0, self.shares).split([size for _, size in self._kinds])
-        return [iter(part.expand(count, -1).unbind()) for part, (count, _) in zip(parts, self._kinds)]
+        parts = [iter(part.expand(count, -1).unbind()) for part, (count, _) in zip(parts, self._kinds)]
+        return [next(parts[cell.reduction]) for cell in self.cells]
 
     def alphas(self) -> dict[str, nn.Parameter]:
         """The architecture parameters by name."""

@@ -14,8 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
-from torch.fx.experimental.const_fold import split_const_subgraphs
+from torch import Tensor
 
 import conas
 from conas.cli import Parser, run
@@ -73,24 +72,12 @@ test_images.__test__ = False  # not a pytest test
 
 
 def export_program(network: CommitteeNetwork, example: Tensor) -> torch.export.ExportedProgram:
-    """The committee as a graph, for any batch of images like the uint8 `example` (2 or more, C, H, W).
-
-    Three quarters of what a supernet does to answer one batch is to arrange its weights, so that is done here.
-    """
-    def trace(network: nn.Module) -> torch.export.ExportedProgram:
-        return torch.export.export(network, (example[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
-
+    """The committee as a graph, for any batch of images like the uint8 `example` (2 or more, C, H, W)."""
     for parameter in network.parameters():
         parameter.requires_grad_(False)
     with torch.no_grad(), warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        folded = split_const_subgraphs(trace(network).module())
-        folded.run_folding()
-        folded.delete_all_unused_submodules()
-        (output,) = folded.graph.find_nodes(op="output")
-        output.args = output.args[0]  # folding made a tuple of it
-        folded.recompile()
-        return trace(folded)
+        return torch.export.export(network, (example[:2],), dynamic_shapes=({0: torch.export.Dim("batch")},))
 
 
 def write_pt2(path: str, program: torch.export.ExportedProgram, text: str, check: Check) -> float:

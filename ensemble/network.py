@@ -13,6 +13,7 @@ from conas import checkpoint as checkpoints
 from conas.augment import central, normalise
 from conas.data import DATASETS
 from conas.errors import InputError
+from conas.prepared import prepared
 from conas.spaces import discover
 from ensemble.calibration import apply_temperature
 from ensemble.committee import COMBINATIONS, weighted_mean
@@ -20,7 +21,7 @@ from ensemble.stored import read_report
 
 
 class CommitteeNetwork(nn.Module):
-    """Networks and their combination. `probabilities` are those of `ensemble.committee.Committee`.
+    """Networks, which may not change any more, and their combination: that of `ensemble.committee.Committee`.
 
     `dataset` is what the members' checkpoints say of their images, `names` are the M names; `crops` are the sides of
     the central squares that members look at, None for all of the image. The other arguments are those of Committee,
@@ -31,7 +32,7 @@ class CommitteeNetwork(nn.Module):
                  weights: Sequence[float], temperatures: Sequence[float], temperature: float,
                  crops: Sequence[int | None]):
         super().__init__()
-        self.networks, self.names, self.dataset = nn.ModuleList(networks), list(names), dataset
+        self.networks, self.names, self.dataset = nn.ModuleList(map(prepared, networks)), list(names), dataset
         self.combination, self.temperature, self.crops = combination, temperature, list(crops)
         self.weights = torch.tensor(weights, dtype=torch.float64)  # no buffers: not all devices have float64
         self.temperatures = torch.tensor(temperatures, dtype=torch.float64)

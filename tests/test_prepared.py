@@ -1,0 +1,73 @@
+"""Supernets prepared for evaluation: the same logits for images of any number and size, in fewer operations."""
+from functools import partial
+from importlib import import_module
+
+import pytest
+import torch
+
+from benchmarks.counts import operator_calls
+from conas.networks import NetworkCIFAR
+from conas.prepared import Prepared, prepared
+from conas.published import GENOTYPES
+from conas.supernet import Supernet
+from tests.parity import fill
+
+ODD = "skip_connect", "conv_7x1_1x7", "sep_conv_7x7", "dil_conv_5x5", "dil_conv_3x3", "none", "max_pool_3x3"
+
+
+def supernet(space: str) -> Supernet:
+    if space == "odd":
+        network = type("Odd", (Supernet,), {"primitives": ODD})(C=2, layers=3)
+    else:
+        network = import_module(f"{space}.model_search").Network(C=2, layers=3)
+    fill(network, 0)
+    return network.eval()
+
+
+@pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3", "odd"])
+@torch.inference_mode()
+def test_logits_are_the_same(space):
+    network = supernet(space).double()
+    ours = prepared(network)
+    for shape in (1, 3, 8, 8), (5, 3, 9, 9), (2, 3, 32, 32):
+        x = torch.randn(shape, dtype=torch.float64)
+        torch.testing.assert_close(ours(x), network(x), rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_what_was_prepared_outlives_the_network():
+    network, x = supernet("cnn_space2"), torch.randn(3, 3, 8, 8)
+    expected, ours = network(x), Prepared(network)
+    for entry in network.state_dict().values():
+        entry.zero_()
+    torch.testing.assert_close(ours(x), expected)
+    assert not any(p is q for p in network.parameters() for q in ours.buffers()) and not list(ours.parameters())
+
+
+@torch.no_grad()
+def test_in_bfloat16_as_the_network():
+    network, x = supernet("cnn_space1"), torch.randn(3, 3, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected, found = network(x), Prepared(network)(x)
+    assert found.dtype == expected.dtype == torch.float32
+    assert (found - expected).norm() < 0.1 * (found - network(x)).norm()
+
+
+@torch.no_grad()
+def test_fewer_operations():
+    network, x = supernet("cnn_space3"), torch.randn(1, 3, 8, 8)
+    counts = [operator_calls(partial(module, x)) for module in (Prepared(network), network)]
+    assert counts[0] < 0.7 * counts[1], counts
+
+
+def test_other_networks_stay_and_nothing_is_prepared_twice():
+    class Own(Supernet):
+        primitives = "none", "skip_connect"
+
+        def forward(self, x, w=None):
+            return 2 * super().forward(x, w)
+
+    for network in NetworkCIFAR(4, 10, 3, False, GENOTYPES["DARTS"]), Own(C=2, layers=3):
+        assert prepared(network) is network and not network.training
+    ours = prepared(supernet("cnn_space2"))
+    assert prepared(ours) is ours
