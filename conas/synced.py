@@ -80,14 +80,15 @@ def normalise(rows: Tensor, eps: float, pool: Pool, own: bool) -> tuple[Tensor, 
     exact = rows if rows.dtype == torch.float64 else rows.float()
     mean = pool.mean(exact.mean(1, keepdim=True))
     centred = torch.sub(exact, mean, out=exact if own else None)
-    rstd = inverse_std(pool.sum(dots(centred, centred)), pool.count(rows.shape[1]), eps)
+    rstd = inverse_std(centred, eps, pool)
     y = torch.mul(centred, rstd, out=centred if own else None).to(rows.dtype)
     return rows.copy_(y) if own and y.dtype != exact.dtype else y, mean, rstd
 
 
-def inverse_std(squares: Tensor, pixels: int, eps: float) -> Tensor:
-    """1/std, with BatchNorm's `eps`, from sums of squared deviations over so many pixels."""
-    return torch.add(constant(eps, squares.dtype, squares.device), squares, alpha=1 / pixels).rsqrt_()
+def inverse_std(centred: Tensor, eps: float, pool: Pool) -> Tensor:
+    """1/std (K, 1, C) of rows (K, P, C) of mean zero over all images, with BatchNorm's `eps`."""
+    squares = torch.addcmul(constant(eps, centred.dtype, centred.device), centred, centred)
+    return pool.mean(squares.mean(1, keepdim=True)).rsqrt_()
 
 
 def unbiased_variance(rstd: Tensor, pixels: int, eps: float) -> Tensor:

@@ -55,5 +55,4 @@ def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, 
 def _product(z: Tensor, weight: Tensor, pool: Pool):
     """y = W z in rows, ahead of BatchNorm, the number of pixels, and 1/std (K, 1, C)."""
     y = torch.bmm(in_rows(z), weight.transpose(1, 2))
-    pixels = pool.count(y.shape[1])
-    return y, pixels, inverse_std(pool.sum(dots(y, y)), pixels, EPS)
+    return y, pool.count(y.shape[1]), inverse_std(y, EPS, pool)
