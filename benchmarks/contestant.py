@@ -1,5 +1,4 @@
 """What benchmarks/search_step.py compares: two implementations, each with a network, optimizers and random batches."""
-from functools import lru_cache
 from importlib import import_module
 
 import torch
@@ -42,7 +41,7 @@ class Contestant:
         def evaluation():
             self.network.eval()
             with torch.inference_mode():
-                forward()(images)
+                forward(images)
             self.network.train()
 
         if name == "ours":
@@ -52,11 +51,13 @@ class Contestant:
             self.works = {"architect": lambda: architect.step(train, valid, rate, optimizer),
                           "weights": lambda: textbook.weight_step(self.network, optimizer, train, RECIPE.grad_clip)}
         self.works["evaluation"] = evaluation
-        # as test_all.py prepares a network, but for one batch only
-        self.graph, forward = None, lambda: prepared(ours) if name == "ours" else self.network
+        self.graph, forward = None, self.network
+        if name == "ours":
+            forward = prepared(ours)  # of the first weights; test_all.py does this once for all batches
+            ours.train()
         if name == "ours" and train[0].device.type == "cuda" and dtype == torch.float32:
             # not in float64, which is for comparing: an Adam that a graph can hold corrects its bias in float32
-            forward = lru_cache(lambda: ReplayedForward(prepared(ours), train[0].device))  # of the first weights
+            forward = ReplayedForward(forward, train[0].device)
             for own in (optimizer, architect.alpha_optimizer):
                 on_device(own, True)
 
