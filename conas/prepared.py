@@ -1,8 +1,9 @@
 """A supernet for many batches in evaluation: what takes no images is computed once.
 
-Three quarters of the operations of a pass in evaluation only arrange weights: they cut them out of one vector, weigh
-them by alphas, and fold running statistics into them. For large batches on a CPU that is nothing, but it is half of
-what the answer to one image takes, and most of the small kernels of a CUDA graph or of an exported file.
+Two thirds of the operators that a traced pass in evaluation has, views among them, only arrange weights: they cut them
+out of one vector, weigh them by alphas, and fold running statistics into them. For large batches on a CPU that is
+nothing, but it is a third of what the answer to one image takes, and it would be a part of every exported file and of
+every launch of a CUDA graph.
 
 Where a pass makes such things it asks `once` for them, with a function that makes them. As a rule that is a plain call.
 Here the results of the first pass are kept, and given again in the same order.
