@@ -201,9 +201,10 @@ def committee_picture(members: Sequence[tuple[str, Genotype | None]], layers: in
     picture.box(right + 0.77, middle, 0.74, 0.5, "mean of\nsoftmax")
     picture.arrow([(right + 1.14, middle), (right + 1.3, middle)])
     picture.box(right + 1.57, middle, 0.54, 0.4, "class", END_FILL)
+    pitch = min(1.95, (right + 1.92 - left) / max(len(shown), 1))  # a legend in one row, however narrow the picture is
     for i, (name, colour) in enumerate(value for value in dict.fromkeys(FAMILIES.values()) if value in shown):
-        picture.line([(left + 1.95 * i, 0.2), (left + 1.95 * i + 0.25, 0.2)], colour, 2.5)
-        picture.text(left + 1.95 * i + 0.33, 0.2, name, 8.5, ha="left")
+        picture.line([(left + pitch * i, 0.2), (left + pitch * i + 0.25, 0.2)], colour, 2.5)
+        picture.text(left + pitch * i + 0.33, 0.2, name, 8.5, ha="left")
     return picture
 
 

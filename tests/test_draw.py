@@ -241,3 +241,14 @@ def test_arguments_that_are_refused(arguments, named, tmp_path, monkeypatch):
     with pytest.raises(InputError, match=named):
         main(arguments)
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"] and Path("a.json").read_bytes() == before
+
+
+def test_a_narrow_committee_keeps_its_legend_inside():
+    operations = ["sep_conv_3x3", "dil_conv_3x3", "max_pool_3x3", "skip_connect"] * 2
+    edges = [(operation, n % 2) for n, operation in enumerate(operations)]
+    picture = committee_picture([("a", Genotype(edges, CONCAT, edges, CONCAT))], 3)
+    renderer = FigureCanvasAgg(picture.figure).get_renderer()
+    picture.figure.draw(renderer)
+    boxes = [text.get_window_extent(renderer) for text in picture.figure.texts[-4:]]
+    assert all(picture.figure.bbox.x0 <= box.x0 < box.x1 <= picture.figure.bbox.x1 for box in boxes)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
