@@ -177,7 +177,8 @@ def committee_picture(members: Sequence[tuple[str, Genotype | None]], layers: in
     left, gap, pitch, bottom = 1.12, 0.17, 1.14, 0.42 if shown else 0
     parts = [("stem", 0.56), *((run, 1.06) for run in runs), ("classifier", 0.82), ("softmax", 0.74)]  # widths
     right = left + sum(width + gap for _, width in parts)
-    picture = Picture(right + 1.92, bottom + pitch * len(members))
+    end = right + 1.92
+    picture = Picture(end, bottom + pitch * len(members))
     middle = bottom + pitch * len(members) / 2 - 0.06
 
     for row, (name, genotype) in enumerate(members):
@@ -201,10 +202,10 @@ def committee_picture(members: Sequence[tuple[str, Genotype | None]], layers: in
     picture.box(right + 0.77, middle, 0.74, 0.5, "mean of\nsoftmax")
     picture.arrow([(right + 1.14, middle), (right + 1.3, middle)])
     picture.box(right + 1.57, middle, 0.54, 0.4, "class", END_FILL)
-    pitch = min(1.95, (right + 1.92 - left) / max(len(shown), 1))  # a legend in one row, however narrow the picture is
+    entry = min(1.95, (end - left) / max(len(shown), 1))  # a legend in one row, however narrow the picture is
     for i, (name, colour) in enumerate(value for value in dict.fromkeys(FAMILIES.values()) if value in shown):
-        picture.line([(left + pitch * i, 0.2), (left + pitch * i + 0.25, 0.2)], colour, 2.5)
-        picture.text(left + pitch * i + 0.33, 0.2, name, 8.5, ha="left")
+        picture.line([(left + entry * i, 0.2), (left + entry * i + 0.25, 0.2)], colour, 2.5)
+        picture.text(left + entry * i + 0.33, 0.2, name, 8.5, ha="left")
     return picture
 
 

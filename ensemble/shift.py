@@ -18,6 +18,7 @@ from conas.data import ImageSet
 from conas.errors import InputError
 from conas.evaluate import load_images, predict
 from conas.files import check_regular
+from conas.prepared import prepared
 from conas.scores import Scores, load_scores, save_scores
 from conas.spaces import Space
 from ensemble import metrics
@@ -84,7 +85,8 @@ def measure_shift(pool: Mapping[str, tuple[Space, Path]], committee: Committee, 
     device, members = find_device(options.device), {}
     for name, (space, path) in pool.items():
         checkpoint = checkpoints.load(path)
-        members[name] = checkpoints.restore(path, checkpoint, space.name, space.network), checkpoint["dataset"]
+        network = checkpoints.restore(path, checkpoint, space.name, space.network)
+        members[name] = prepared(network.to(device)), checkpoint["dataset"]  # once, for all blocks of all corruptions
     about = next(iter(members.values()))[1]
     images = load_images(path, about, options.data, "test", options.skip_bad_images)
     for name, (_, other) in members.items():

@@ -11,20 +11,17 @@ from conas.prepared import Prepared, prepared
 from conas.published import GENOTYPES
 from conas.supernet import Supernet
 from tests.parity import fill
-
-ODD = "skip_connect", "conv_7x1_1x7", "sep_conv_7x7", "dil_conv_5x5", "dil_conv_3x3", "none", "max_pool_3x3"
+from tests.ranks import Everything
 
 
 def supernet(space: str) -> Supernet:
-    if space == "odd":
-        network = type("Odd", (Supernet,), {"primitives": ODD})(C=2, layers=3)
-    else:
-        network = import_module(f"{space}.model_search").Network(C=2, layers=3)
+    of_space = Everything if space == "everything" else import_module(f"{space}.model_search").Network
+    network = of_space(C=2, layers=3)
     fill(network, 0)
     return network.eval()
 
 
-@pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3", "odd"])
+@pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3", "everything"])
 @torch.inference_mode()
 def test_logits_are_the_same(space):
     network = supernet(space).double()
