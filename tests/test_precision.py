@@ -41,14 +41,12 @@ def errors(batches: int) -> dict[str, torch.Tensor]:
 def test_float32_is_as_near_to_float64_as_the_textbook():
     """Both in rounding and in how often that crosses a kink of ReLU or max pooling, which costs a thousand times more.
 
-    The mean hangs on these few, so it takes many batches: over 84 of them ours is 0.7 times the textbook's, and the
-    median, which is rounding alone, 1.4 times (docs/search.md). Of eight, single ratios are between 1.4 and 2.6.
+    The mean hangs on these few: two dozen batches are enough to count them, but not for a mean. A dozen do not settle
+    the median: its ratio, 1.4 over 84 batches, is 1.5 for the first of them.
     """
-    found = errors(8)
-    ours, textbook = found["ours"], found["textbook"]
-    rounding = (ours < KINK) & (textbook < KINK)
-    assert rounding.sum() >= 4 and (ours / textbook)[rounding].log().mean().exp() <= 2, (ours, textbook)
-    assert (ours > KINK).sum() <= (textbook > KINK).sum() + 3, (ours, textbook)
+    found = errors(24)
+    assert found["ours"].median() <= 1.5 * found["textbook"].median(), found
+    assert (found["ours"] > KINK).sum() <= (found["textbook"] > KINK).sum() + 5, found
 
 
 def test_batch_norm_of_channels_last_maps_keeps_its_digits():
