@@ -107,19 +107,34 @@ def bordered(like: Tensor, size: int, kernel: Tensor) -> Tensor | None:
     """Memory for `size` groups of maps like these (..., N, H, W, C), as the gradient of a wide kernel reads them: with
     a border of zeros, see `inside`. Others need none.
     """
-    *_, N, H, W, C = like.shape
     if not (border := _border(kernel)):
         return None
-    H, W = H + 2 * border, W + 2 * border
-    if _is_small(like, like.shape[-4:]):
-        return like.new_zeros(N, H, W, size, C).permute(3, 0, 1, 2, 4)
-    return like.new_zeros(size, N, H, W, C)
+    return _bordered(like, size, like.shape[-4:], border, _is_small(like, like.shape[-4:]))
+
+
+def _bordered(like: Tensor, size: int, shape: Sequence[int], border: int, small: bool) -> Tensor:
+    """(size, N, H + 2 border, W + border, C): what is right of a row's pixels is what is left of those of the next.
+
+    So it is still there, and as it lies, when all rows begin some pixels later: a `_window`.
+    """
+    *images, H, W, C = shape
+    images = *images, H + 2 * border, W + border
+    pixels = prod(images)
+    flat = like.new_zeros((pixels * size + border * (size if small else 1)) * C)  # the last row has a right border too
+    if small:
+        return flat[:pixels * size * C].view(*images, size, C).movedim(-2, 0)
+    return flat[:pixels * size * C].view(size, *images, C)
+
+
+def _window(maps: Tensor, column: int) -> Tensor:
+    """Of `_bordered` maps: the same with every row begun at this column."""
+    return maps.as_strided(maps.shape, maps.stride(), maps.storage_offset() + column * maps.stride(-2))
 
 
 def inside(maps: Tensor | None, kernel: Tensor) -> Tensor | None:
     """The view of `bordered` maps without their border."""
     border = _border(kernel)
-    return None if maps is None else maps[:, :, border:-border, border:-border]
+    return None if maps is None else maps[..., border:-border, border:, :]
 
 
 def rectify_back(grads: Sequence[Tensor], parts: Sequence[Tensor], out: Tensor) -> Tensor:
@@ -223,20 +238,25 @@ def _border(kernel: Tensor) -> int:
 
 
 def _weight_gradient(grads, x, kernel, stride, dilation, small, own):
-    k, kernels, times, border = kernel.shape[-1], kernel.chunk(len(grads)), len(kernel) // x.shape[-1] // len(x), 0
+    k, C, kernels, border = kernel.shape[-1], x.shape[-1], kernel.chunk(len(grads)), 0
+    times = len(kernel) // C // len(x)
     if dilation == 1:
         border = _border(kernel)
+    if border and not own:
+        size = times if small else 1
+        states, x = x, _bordered(x, len(x) * size, x.shape[1:], border, small)
+        inside(x, kernel).unflatten(0, (-1, size)).copy_(states[:, None])
+        times //= size
     if not border:
         return join([_gradients(grad, block, by, stride, dilation, dilation * (k // 2), (False, True))[1]
                      for grad, block, by in zip(grads, _blocks(x, times, small), kernels)])
-    width, columns = stride * (grads[0].shape[3] - 1) + 3, []  # of what columns 0 to 2 of the kernel read
-    if not own:
-        x = pad(x, (0, 0, border, width + k - 3 - x.shape[-2] - border, border, border))
-    for s in range(0, k - 2, 2):  # columns from s on begin s columns later
-        parts = [_gradients(grad, block, by[..., :3], stride, dilation, 0, (False, True))[1]
-                 for grad, block, by in zip(grads, _blocks(x[..., s:s + width, :], times, small), kernels)]
-        columns.append(join(parts)[..., 1 if s else 0:])
-    return torch.cat(columns, 3)
+    # three columns at a time, of what those of the kernel read; from s on they begin s pixels later
+    width, starts = stride * (grads[0].shape[3] - 1) + 3, range(0, k - 2, 2)
+    windows = [_window(x, s)[..., :width if k > 5 else None, :] for s in starts]
+    parts = [_gradients(grad, block, by[..., :3], stride, dilation, 0, (False, True))[1]
+             for window in windows for grad, block, by in zip(grads, _blocks(window, times, small), kernels)]
+    columns = parts if len(grads) == 1 else torch.cat(parts).chunk(len(starts))
+    return torch.cat([part[..., 1 if s else 0:] for s, part in zip(starts, columns)], 3)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:
