@@ -57,9 +57,9 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
 
     With a `total`, the gradient by x is added to that, in place.
 
-    `grad` is that by all parts joined, `flipped` are the kernels with rows and columns reversed. If groups have maps of
-    their `own`, which only plain ones do, `shape` is that of all joined, x has them by kernel, `bordered`, and the
-    gradient by x is such a list.
+    `grad` is that by all parts joined, `flipped` are the kernels with rows and columns reversed. x may come by kernel,
+    for kernels that want it `bordered`. If groups have maps of their `own`, which only plain ones do, x must, `shape` is
+    that of all joined, and the gradient by x is a list by kernel.
     """
     S, N, H, W, C = shape
     if goes_by_phases(grad, stride, dilation, x is not None):
@@ -74,8 +74,9 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
         d_x = [join([_groups_of(part, C) for part in of]) for of in parts] if own else _sum(parts, grads, S, C)
         d_x = d_x if total is None else total.add_(d_x.unflatten(1, total.shape[1:-3]))
     if x is not None:
-        inputs = [x] * len(kernels) if isinstance(x, Tensor) else x
-        d_kernels = [_weight_gradient(*of, stride, dilation, small, own) for of in zip(grads, inputs, kernels)]
+        if isinstance(x, Tensor):
+            x = [into_border(x, kernel, None, small) if dilation == 1 else x for kernel in kernels]
+        d_kernels = [_weight_gradient(*of, stride, dilation, small) for of in zip(grads, x, kernels)]
     return d_x, d_kernels
 
 
@@ -103,31 +104,38 @@ def rectify(y: Tensor, size: int, memory: Sequence[Tensor | None] | None, by_han
     return rectified
 
 
-def bordered(like: Tensor, size: int, kernel: Tensor) -> Tensor | None:
+def bordered(like: Tensor, size: int, kernel: Tensor, small: bool | None = None) -> Tensor | None:
     """Memory for `size` groups of maps like these (..., N, H, W, C), as the gradient of a wide kernel reads them: with
     a border of zeros, see `inside`. Others need none.
+
+    It is (size, N, H + 2 border, W + border, C). What is right of a row's pixels is what is left of those of the next;
+    so all is still as it should be where every row begins some pixels later: in a `_window`.
     """
     if not (border := _border(kernel)):
         return None
-    return _bordered(like, size, like.shape[-4:], border, _is_small(like, like.shape[-4:]))
+    *images, H, W, C = like.shape[1:]
+    images, small = (*images, H + 2 * border, W + border), _is_small(like, like.shape[1:]) if small is None else small
+    count, end = prod(images) * size * C, (kernel.shape[-1] - 3) * C * (size if small else 1)  # behind the last row
+    flat = like.new_zeros(count + end)[:count]
+    return flat.view(*images, size, C).movedim(-2, 0) if small else flat.view(size, *images, C)
 
 
-def _bordered(like: Tensor, size: int, shape: Sequence[int], border: int, small: bool) -> Tensor:
-    """(size, N, H + 2 border, W + border, C): what is right of a row's pixels is what is left of those of the next.
+def into_border(x: Tensor, kernel: Tensor, memory: Tensor | None, small: bool | None = None) -> Tensor:
+    """The states x (S, ..., H, W, C) for the gradient of this kernel, in `bordered` memory if it wants that.
 
-    So it is still there, and as it lies, when all rows begin some pixels later: a `_window`.
+    The `memory`, if there is some, is of as many groups as the kernel is for.
     """
-    *images, H, W, C = shape
-    images = *images, H + 2 * border, W + border
-    pixels = prod(images)
-    flat = like.new_zeros((pixels * size + border * (size if small else 1)) * C)  # the last row has a right border too
-    if small:
-        return flat[:pixels * size * C].view(*images, size, C).movedim(-2, 0)
-    return flat[:pixels * size * C].view(size, *images, C)
+    if not _border(kernel):
+        return x
+    small = _is_small(x, x.shape[1:]) if small is None else small
+    groups = len(kernel) // x.shape[-1] if small else len(x)  # one by one, all groups of a state read the same map
+    memory = bordered(x, groups, kernel, small) if memory is None else memory[:groups]
+    inside(memory, kernel).unflatten(0, (len(x), -1)).copy_(x[:, None])
+    return memory
 
 
 def _window(maps: Tensor, column: int) -> Tensor:
-    """Of `_bordered` maps: the same with every row begun at this column."""
+    """Of `bordered` maps: the same with every row begun at this column."""
     return maps.as_strided(maps.shape, maps.stride(), maps.storage_offset() + column * maps.stride(-2))
 
 
@@ -237,17 +245,9 @@ def _border(kernel: Tensor) -> int:
     return kernel.shape[-1] // 2 if kernel.shape[-1] > 3 and kernel.device.type == "cpu" else 0
 
 
-def _weight_gradient(grads, x, kernel, stride, dilation, small, own):
-    k, C, kernels, border = kernel.shape[-1], x.shape[-1], kernel.chunk(len(grads)), 0
-    times = len(kernel) // C // len(x)
-    if dilation == 1:
-        border = _border(kernel)
-    if border and not own:
-        size = times if small else 1
-        states, x = x, _bordered(x, len(x) * size, x.shape[1:], border, small)
-        inside(x, kernel).unflatten(0, (-1, size)).copy_(states[:, None])
-        times //= size
-    if not border:
+def _weight_gradient(grads, x, kernel, stride, dilation, small):
+    k, kernels, times = kernel.shape[-1], kernel.chunk(len(grads)), len(kernel) // x.shape[-1] // len(x)
+    if dilation > 1 or not _border(kernel):
         return join([_gradients(grad, block, by, stride, dilation, dilation * (k // 2), (False, True))[1]
                      for grad, block, by in zip(grads, _blocks(x, times, small), kernels)])
     # three columns at a time, of what those of the kernel read; from s on they begin s pixels later
