@@ -15,13 +15,13 @@ Maps of G groups of C channels are (G, N, H, W, C). Small ones are convolved sid
 (N, H, W, G*C); what was convolved is then a view of that, and whoever reads it writes its own in the order it likes.
 """
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import partial
 from itertools import chain
 from math import prod
 
 import torch
 from torch import Tensor
-from torch.nn.functional import conv2d, pad
+from torch.nn.functional import conv2d
 
 FAST_DILATED = ("cpu",)  # devices whose library has a fast kernel for dilated convolutions; not for their gradients
 SMALL = 2**21  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
@@ -58,8 +58,8 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
     With a `total`, the gradient by x is added to that, in place.
 
     `grad` is that by all parts joined, `flipped` are the kernels with rows and columns reversed. x may come by kernel,
-    for kernels that want it `bordered`. If groups have maps of their `own`, which only plain ones do, x must, `shape` is
-    that of all joined, and the gradient by x is a list by kernel.
+    `bordered` for kernels that want that. If groups have maps of their `own`, which only plain ones do, x must come so,
+    `shape` is that of all joined, and the gradient by x is a list by kernel.
     """
     S, N, H, W, C = shape
     if goes_by_phases(grad, stride, dilation, x is not None):
@@ -70,9 +70,9 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
     groups, small = [len(kernel) // C for kernel in kernels], _is_small(grad, shape[1:])
     grads, d_x, d_kernels = [_blocks(part, 1, small) for part in grad.split(groups)], None, []
     if x_wanted:
-        parts = [_input_parts(*of, shape, stride, dilation) for of in zip(grads, kernels, flipped)]
-        d_x = [join([_groups_of(part, C) for part in of]) for of in parts] if own else _sum(parts, grads, S, C)
-        d_x = d_x if total is None else total.add_(d_x.unflatten(1, total.shape[1:-3]))
+        parts = [_input_gradients(*of, shape, stride, dilation) for of in zip(grads, kernels, flipped)]
+        d_x = ([join([_groups_of(part(), C) for part in of]) for of in parts] if own else
+               _sum(parts, shape, small, total))
     if x is not None:
         if isinstance(x, Tensor):
             x = [into_border(x, kernel, None, small) if dilation == 1 else x for kernel in kernels]
@@ -212,32 +212,37 @@ def _gradients(grad, x, weight, stride, dilation, padding, wanted):
                                                False, [0, 0], len(weight), [*wanted, False])
 
 
-def _input_parts(blocks, kernel, flipped, shape, stride, dilation):
-    """The gradients by what the blocks of one kernel have read."""
+def _input_gradients(grads, kernel, flipped, shape, stride, dilation):
+    """What makes the gradient by what each of one kernel's blocks has read, a function for each."""
     _, N, H, W, _ = shape
-    # of which only the shape is read
-    x = None if stride == 1 else blocks[0].new_empty(N, H, W, blocks[0].shape[1]).permute(0, 3, 1, 2)
-    for grad, own, turned in zip(blocks, kernel.chunk(len(blocks)), flipped.chunk(len(blocks))):
+    x = None  # of which only the shape is read
+    if stride > 1:
+        x = grads[0].new_empty(N, H, W, grads[0].shape[1]).permute(0, 3, 1, 2)
+
+    def one(grad, own, turned):
         if stride == 1:
-            yield _convolution(grad, turned, 1, dilation)
-        else:
-            yield _gradients(grad, x, own, stride, dilation, dilation * (own.shape[-1] // 2), (True, False))[0]
+            return _convolution(grad, turned, 1, dilation)
+        return _gradients(grad, x, own, stride, dilation, dilation * (own.shape[-1] // 2), (True, False))[0]
+
+    return [partial(one, *of) for of in zip(grads, kernel.chunk(len(grads)), flipped.chunk(len(grads)))]
 
 
-def _sum(parts, grads, S, C):
-    """Of all parts of all kernels, over those that have read the same of S states: (S, N, H, W, C)."""
-    sums = []
-    for of, blocks in zip(parts, grads):
-        readers = len(blocks) // S or 1  # of one state
-        for i, part in enumerate(of):
-            if i // readers == len(sums):
-                sums.append(part)
+def _sum(gradients, shape, small, total):
+    """Of all gradients by kernel, over those that have read the same of S states: added to `total`, if there is one."""
+    S, C, sums = shape[0], shape[-1], None if total is None or small else total.unbind()
+    for of in gradients:
+        readers = len(of) // S or 1  # of one state
+        for turn in range(readers):
+            parts = [gradient().permute(0, 2, 3, 1) for gradient in of[turn::readers]]  # one of each state, or of all
+            if sums is None:
+                sums = parts
             else:
-                sums[i // readers] += part
-    if sums[0].shape[1] == C:
-        return join([_groups_of(part, C) for part in sums])
-    d_x = sums[0].permute(0, 2, 3, 1).unflatten(3, (S, -1, C))
-    return (d_x.sum(4) if d_x.shape[4] > 1 else d_x.squeeze(4)).permute(3, 0, 1, 2, 4)
+                torch._foreach_add_(sums, [part.unflatten(0, sums[0].shape[:-3]) for part in parts])
+    if small:
+        d_x = sums[0].unflatten(3, (S, -1, C))
+        d_x = (d_x.sum(4) if d_x.shape[4] > 1 else d_x.squeeze(4)).permute(3, 0, 1, 2, 4)
+        return d_x if total is None else total.add_(d_x.unflatten(1, total.shape[1:-3]))
+    return join([part[None] for part in sums]) if total is None else total
 
 
 def _border(kernel: Tensor) -> int:
@@ -269,37 +274,3 @@ def row_dots(a: Tensor, b: Tensor, plus: Tensor | None = None) -> Tensor:
     rows, columns = a.reshape(-1, 1, a.shape[-1]), b.reshape(-1, b.shape[-1], 1)
     dots = torch.bmm(rows, columns) if plus is None else torch.baddbmm(plus, rows, columns)
     return dots.view(*a.shape[:-1], 1)
-
-
-def shifts(x: Tensor, kernels: Tensor, stride: int, dilations: Sequence[int]) -> Tensor:
-    """Less the mean over images and pixels of convolutions of the states x (S, N, H, W, C), from the mean image.
-
-    `kernels` (F, k*k, K, S, E, C) are of K convolutions of each of F `dilations`, to E nodes, of size k or with a
-    border of zeros. Returns (F, K, S, E, C).
-    """
-    S, _, H, W, C = x.shape
-    F, area = kernels.shape[:2]
-    taps = _taps(round(area ** 0.5), H, W, stride, tuple(dilations), x.dtype, x.device)
-    taps = torch.bmm(taps.expand(S, -1, -1), x.mean(1).view(S, H * W, C))
-    return (taps.view(S, F, area, C).permute(1, 2, 0, 3)[:, :, None, :, None] * kernels).sum(1)
-
-
-def own_shift(x: Tensor, kernel: Tensor) -> Tensor:
-    """The same for maps x (G, N, H, W, C) and a kernel (G*C, 1, k, k), of which each group has its own: (G*C,)."""
-    G, _, H, W, C = x.shape
-    taps = _taps(kernel.shape[-1], H, W, 1, (1,), x.dtype, x.device)
-    means = x.permute(1, 2, 3, 0, 4).mean(0).view(H * W, G * C)
-    return row_dots(means.t() @ taps.t(), kernel.flatten(1)).view(-1)
-
-
-@lru_cache
-def _taps(k: int, H: int, W: int, stride: int, dilations: tuple[int, ...], dtype: torch.dtype, device: torch.device
-          ) -> Tensor:
-    """(F*k*k, H*W): less the share of each pixel in the mean over all outputs of what each tap reads."""
-    def along(size, dilation):
-        at = torch.arange(0, size, stride)[None] + dilation * (torch.arange(k)[:, None] - k // 2)
-        inside = (at >= 0) & (at < size)
-        taps = torch.zeros(k, size, dtype=dtype).scatter_add_(1, at.clamp(0, size - 1), inside.to(dtype))
-        return taps / at.shape[1]
-
-    return torch.cat([torch.kron(along(H, d), along(W, d)) for d in dilations]).neg_().to(device)

@@ -82,7 +82,7 @@ class MixedEdges:
     def arrangements(self, places: Mapping[nn.Parameter, Tensor], nothing: int) -> list[Tensor]:
         """Depthwise kernels in other orders, as places in the flat vector of all weights; at `nothing` is a zero.
 
-        `places` has those of each parameter, in its shape. First, for `depthwise.shifts`, those that read the states,
+        `places` has those of each parameter, in its shape. First, for `shifts`, those that read the states,
         (F, k*k, K, S, E, C); then what `convolve_back` needs `flipped`.
         """
         def kernels(names, i):
@@ -180,12 +180,12 @@ def square(weight: Tensor) -> Tensor:
 def factorized_reduce(x: Tensor, first: Tensor, second: Tensor, edges: int) -> Tensor:
     """Two pointwise convolutions of stride 2, the second one pixel further on, of all edges out of each state.
 
-    x (S, N, H, W, C), weights (edges*C_half, C, 1, 1); returns (N, H', W', edges*C_out).
+    x (S, N, H, W, C), weights (edges*C_out/2, C, 1, 1): C_out is even, it was doubled there. Returns
+    (N, H', W', edges*C_out).
     """
     S, N, H, W, C = x.shape
     x = pad(x, (0, 0, 0, W % 2, 0, H % 2)) if H % 2 or W % 2 else x
     both = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).diagonal(dim1=3, dim2=5)  # (S, N, H', W', C, 2)
-    halves = [(pixels.reshape(S, -1, C) @ weight.view(S, -1, C).transpose(1, 2)).unflatten(2, (edges // S, -1))
-              for pixels, weight in zip(both.unbind(5), (first, second))]
-    y = torch.cat(halves, 3).permute(1, 0, 2, 3)
-    return y.reshape(N, (H + 1) // 2, (W + 1) // 2, -1)
+    pixels, weights = both.movedim(5, 0).reshape(2 * S, -1, C), torch.stack([first, second]).view(2 * S, -1, C)
+    y = torch.bmm(pixels, weights.transpose(1, 2)).view(2, S, -1, edges // S, first.shape[0] // edges)
+    return y.permute(2, 1, 3, 0, 4).reshape(N, (H + 1) // 2, (W + 1) // 2, -1)

@@ -23,14 +23,13 @@ from conas.depthwise import (
     inside,
     into_border,
     out_of_phases,
-    own_shift,
-    shifts,
     side_by_side,
 )
 from conas.edges import MixedEdges, Packs, Room, images, pooled, square, states
 from conas.folded import EPS, in_rows
 from conas.fused import Tape
 from conas.pooling import average_pool_back
+from conas.shifts import own_shift, shifts
 from conas.statistics import Statistics
 from conas.synced import centred_back, constant, normalise
 
