@@ -24,7 +24,8 @@ from torch import Tensor
 from torch.nn.functional import conv2d
 
 FAST_DILATED = ("cpu",)  # devices whose library has a fast kernel for dilated convolutions; not for their gradients
-SMALL = 2**21  # bytes of a group's map up to which groups are convolved side by side: larger ones leave the cache
+# bytes of a group's map, or of those of all groups, up to which groups are convolved side by side: more leave the cache
+SMALL, FEW = 2**21, 12 * 2**20
 
 
 def side_by_side(x: Tensor, times: int = 1) -> list[Tensor]:
@@ -32,7 +33,7 @@ def side_by_side(x: Tensor, times: int = 1) -> list[Tensor]:
 
     One by one, (N, C, H, W), or if they are small in one block (N, S*times*C, H, W); channels last.
     """
-    return _blocks(x, times, _is_small(x, x.shape[1:]))
+    return _blocks(x, times, _is_small(x, x.shape[1:], len(x) * times))
 
 
 def convolve(blocks: Sequence[Sequence[Tensor]], kernels: Sequence[Tensor], shifts: Sequence[Tensor | None], C: int,
@@ -67,7 +68,7 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
         d_x, d_kernels = convolve_back(in_phases(grad), (S, 4 * N, H // 2, W // 2, C), phases, kernels, flipped,
                                        x_wanted=x_wanted, total=into)
         return out_of_phases(d_x) if x_wanted and total is None else total, d_kernels
-    groups, small = [len(kernel) // C for kernel in kernels], _is_small(grad, shape[1:])
+    groups, small = [len(kernel) // C for kernel in kernels], _is_small(grad, shape[1:], len(kernels[0]) // C)
     grads, d_x, d_kernels = [_blocks(part, 1, small) for part in grad.split(groups)], None, []
     if x_wanted:
         parts = [_input_gradients(*of, shape, stride, dilation) for of in zip(grads, kernels, flipped)]
@@ -95,7 +96,7 @@ def rectify(y: Tensor, size: int, memory: Sequence[Tensor | None] | None, by_han
         return list(y.relu().split(size))
     parts, rectified = y.split(size), []
     for part, out in zip(parts, memory or [None] * len(parts)):
-        if out is None and _is_small(y, y.shape[1:]):
+        if out is None and _is_small(y, y.shape[1:], size):
             out = y.new_empty(*y.shape[1:4], size, y.shape[4]).permute(3, 0, 1, 2, 4)
         if out is None:
             rectified.append(part.relu() if kept else part.relu_())
@@ -114,7 +115,8 @@ def bordered(like: Tensor, size: int, kernel: Tensor, small: bool | None = None)
     if not (border := _border(kernel)):
         return None
     *images, H, W, C = like.shape[1:]
-    images, small = (*images, H + 2 * border, W + border), _is_small(like, like.shape[1:]) if small is None else small
+    small = _is_small(like, like.shape[1:], size) if small is None else small
+    images = *images, H + 2 * border, W + border
     count, end = prod(images) * size * C, (kernel.shape[-1] - 3) * C * (size if small else 1)  # behind the last row
     flat = like.new_zeros(count + end)[:count]
     return flat.view(*images, size, C).movedim(-2, 0) if small else flat.view(size, *images, C)
@@ -127,8 +129,9 @@ def into_border(x: Tensor, kernel: Tensor, memory: Tensor | None, small: bool | 
     """
     if not _border(kernel):
         return x
-    small = _is_small(x, x.shape[1:]) if small is None else small
-    groups = len(kernel) // x.shape[-1] if small else len(x)  # one by one, all groups of a state read the same map
+    groups = len(kernel) // x.shape[-1]
+    small = _is_small(x, x.shape[1:], groups) if small is None else small
+    groups = groups if small else len(x)  # one by one, all groups of a state read the same map
     memory = bordered(x, groups, kernel, small) if memory is None else memory[:groups]
     inside(memory, kernel).unflatten(0, (len(x), -1)).copy_(x[:, None])
     return memory
@@ -179,10 +182,12 @@ def out_of_phases(x: Tensor) -> Tensor:
     return x.unflatten(1, (-1, 2, 2)).permute(0, 1, 4, 2, 5, 3, 6).flatten(4, 5).flatten(2, 3)
 
 
-def _is_small(like: Tensor, shape: Sequence[int]) -> bool:
+def _is_small(like: Tensor, shape: Sequence[int], groups: int) -> bool:
     # an exported graph serves every batch size, and may not depend on it
-    exporting = torch.compiler.is_exporting()
-    return like.device.type != "cpu" or exporting or prod(shape) * like.element_size() <= SMALL
+    if like.device.type != "cpu" or torch.compiler.is_exporting():
+        return True
+    size = prod(shape) * like.element_size()
+    return size <= SMALL or size * groups <= FEW
 
 
 def _blocks(x: Tensor, times: int, small: bool) -> list[Tensor]:

@@ -126,8 +126,7 @@ class MixedEdges:
             if name == "skip_connect":
                 y, norms = factorized_reduce(rectified, first, second, edges), [op.bn for op in self.ops[name]]
             else:
-                # a copy, which autograd may keep: the states' memory is written again
-                y, norms = torch.cat(rectified.unbind(), 3).permute(0, 3, 1, 2), [op[3] for op in self.ops[name]]
+                y, norms = rectified.permute(1, 0, 4, 2, 3).flatten(1, 2), [op[3] for op in self.ops[name]]
                 y = conv2d(y, first, None, (1, self.stride), (0, 3), 1, self.S)
                 y = conv2d(y, second, None, (self.stride, 1), (3, 0), 1, edges).permute(0, 2, 3, 1)
             maps.append(statistics.normalise(y, norms).unflatten(3, (edges, -1)).permute(3, 0, 1, 2, 4))

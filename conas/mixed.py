@@ -142,7 +142,7 @@ def _plain(edges, tape, x, rectified, total, q, weights, room, statistics, wante
     """
     S, E, stride, P, shape = edges.S, edges.E, edges.stride, len(edges.pools), x.shape
     skips, pools = S * len(edges.skip), S * P
-    own, own_back = _own(edges, tape, rectified, weights, statistics, wanted)
+    own, own_back = _own(edges, rectified, weights, statistics, wanted)
     in_room = tape.by_hand and stride == 1 and not own  # all of these maps
     if in_room:
         plain, indices = room.maps[S - skips:S + pools], room.indices
@@ -176,7 +176,7 @@ def _plain(edges, tape, x, rectified, total, q, weights, room, statistics, wante
         plain, flat, rectified = maps[S - skips:S + pools] if in_room else kept(), grad.view(E, -1), maps[-S:]
         d_q = flat @ plain.view(len(plain), -1).t() if len(plain) and wanted.alphas else None
         if own:
-            part, d_own = own_back((q[:, skips + pools:].t() @ flat).view(-1, *plain.shape[1:]))
+            part, d_own = own_back((q[:, skips + pools:].t() @ flat).view(-1, *plain.shape[1:]), rectified)
             d.own.extend(d_own)
             if wanted.x:
                 d_rectified = part if d_rectified is None else d_rectified.add_(part)
@@ -204,21 +204,20 @@ def _plain(edges, tape, x, rectified, total, q, weights, room, statistics, wante
     return total, back
 
 
-def _own(edges, tape, rectified, weights, statistics, wanted):
-    """Maps of edges' own, and `back`: these few are left to autograd."""
-    if not tape.by_hand or not (wanted.x or wanted.weights):
-        return edges.own_maps(rectified, weights, statistics), lambda grad: (None, ())
-    with torch.enable_grad():
-        x = rectified.detach().requires_grad_(wanted.x)
-        inputs = [x, *(weight.detach().requires_grad_(wanted.weights) for weight in weights)]
-        recorded = edges.own_maps(x, inputs[1:], statistics)
-
-    def back(grad):
+def _own(edges, rectified, weights, statistics, wanted):
+    """Maps of edges' own, and `back`: these few are computed again, by autograd."""
+    def back(grad, rectified):
+        if not wanted.x and not wanted.weights:
+            return None, ()
+        with torch.enable_grad():
+            x = rectified.detach().requires_grad_(wanted.x)
+            inputs = [x, *(weight.detach().requires_grad_(wanted.weights) for weight in weights)]
+            maps = edges.own_maps(x, inputs[1:], statistics)
         of = [tensor for tensor in inputs if tensor.requires_grad]
-        gradients = torch.autograd.grad(recorded, of, grad.split([len(maps) for maps in recorded]))
+        gradients = torch.autograd.grad(maps, of, grad.split([len(m) for m in maps]))
         return (gradients[0], gradients[1:]) if wanted.x else (None, gradients)
 
-    return [maps.detach() for maps in recorded], back
+    return edges.own_maps(rectified, weights, statistics), back
 
 
 def _pool(name, x, out, indices):
