@@ -123,6 +123,7 @@ def _separable(edges, tape, read, blocks, shift, weights, arranged, statistics, 
             maps = [part if of is None else of for of, part in zip(maps, parts)]
         d_parts, d_second = convolve_back(d_z, d_z.shape, maps, second, flipped[1], own=True)
         d_z, d_halfway = halfway_back(d_parts, parts, d_z)
+        del d_parts  # memory, for the next
         inputs = rectified if wanted.weights else None
         if wanted.weights and stride == 1:  # where the parts were
             inputs = [into_border(rectified, *of) for of in zip(first, maps)]

@@ -26,12 +26,19 @@ def pair(space):
     return network, oracle
 
 
+def one_by_one(monkeypatch, few=0):
+    monkeypatch.setattr(depthwise, "SMALL", 0)
+    monkeypatch.setattr(depthwise, "FEW", few)
+
+
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("way", ["side by side", "one by one", "as on a GPU"])
+@pytest.mark.parametrize("way", ["side by side", "few side by side", "one by one", "as on a GPU"])
 def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format, way, monkeypatch):
     if way == "one by one":
-        monkeypatch.setattr(depthwise, "SMALL", 0)
+        one_by_one(monkeypatch)
+    elif way == "few side by side":  # those out of nodes, not those out of a cell's inputs
+        one_by_one(monkeypatch, few=2**17)
     elif way == "as on a GPU":
         monkeypatch.setattr(depthwise, "FAST_DILATED", ())
         monkeypatch.setattr(pooling, "RIGHT", ())
@@ -53,12 +60,13 @@ def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format
         torch.testing.assert_close(network.eval()(x), oracle.eval()(x), rtol=1e-9, atol=1e-12)
 
 
-@pytest.mark.parametrize("small", [depthwise.SMALL, 0])
+@pytest.mark.parametrize("small", [True, False])
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("k", [1, 3, 5, 7])
 def test_gradients_of_depthwise_convolutions(k, stride, dilation, small, monkeypatch):
-    monkeypatch.setattr(depthwise, "SMALL", small)
+    if not small:
+        one_by_one(monkeypatch)
 
     def run(tape, x, *kernels):
         def back(grad):
@@ -77,10 +85,11 @@ def test_gradients_of_depthwise_convolutions(k, stride, dilation, small, monkeyp
                                         check_undefined_grad=False)
 
 
-@pytest.mark.parametrize("small", [depthwise.SMALL, 0])
+@pytest.mark.parametrize("small", [True, False])
 def test_gradients_of_depthwise_convolutions_of_maps_of_their_own(small, monkeypatch):
     """Maps as `rectify` leaves them, of kernels of two sizes; with ReLU's gradient."""
-    monkeypatch.setattr(depthwise, "SMALL", small)
+    if not small:
+        one_by_one(monkeypatch)
 
     def run(tape, y, *kernels):
         parts = depthwise.rectify(y, 3, None, tape.by_hand, True)
