@@ -76,7 +76,7 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
                _sum(parts, shape, small, total))
     if x is not None:
         if isinstance(x, Tensor):
-            x = [into_border(x, kernel, None, small) if dilation == 1 else x for kernel in kernels]
+            x = [into_border(x, kernel) if dilation == 1 else x for kernel in kernels]
         d_kernels = [_weight_gradient(*of, stride, dilation, small) for of in zip(grads, x, kernels)]
     return d_x, d_kernels
 
@@ -122,7 +122,7 @@ def bordered(like: Tensor, size: int, kernel: Tensor, small: bool | None = None)
     return flat.view(*images, size, C).movedim(-2, 0) if small else flat.view(size, *images, C)
 
 
-def into_border(x: Tensor, kernel: Tensor, memory: Tensor | None, small: bool | None = None) -> Tensor:
+def into_border(x: Tensor, kernel: Tensor, memory: Tensor | None = None) -> Tensor:
     """The states x (S, ..., H, W, C) for the gradient of this kernel, in `bordered` memory if it wants that.
 
     The `memory`, if there is some, is of as many groups as the kernel is for.
@@ -130,7 +130,7 @@ def into_border(x: Tensor, kernel: Tensor, memory: Tensor | None, small: bool | 
     if not _border(kernel):
         return x
     groups = len(kernel) // x.shape[-1]
-    small = _is_small(x, x.shape[1:], groups) if small is None else small
+    small = _is_small(x, x.shape[1:], groups)
     groups = groups if small else len(x)  # one by one, all groups of a state read the same map
     memory = bordered(x, groups, kernel, small) if memory is None else memory[:groups]
     inside(memory, kernel).unflatten(0, (len(x), -1)).copy_(x[:, None])
@@ -220,9 +220,8 @@ def _gradients(grad, x, weight, stride, dilation, padding, wanted):
 def _input_gradients(grads, kernel, flipped, shape, stride, dilation):
     """What makes the gradient by what each of one kernel's blocks has read, a function for each."""
     _, N, H, W, _ = shape
-    x = None  # of which only the shape is read
-    if stride > 1:
-        x = grads[0].new_empty(N, H, W, grads[0].shape[1]).permute(0, 3, 1, 2)
+    # of which only the shape is read
+    x = None if stride == 1 else grads[0].new_empty(N, H, W, grads[0].shape[1]).permute(0, 3, 1, 2)
 
     def one(grad, own, turned):
         if stride == 1:
