@@ -15,6 +15,7 @@ import torch
 
 from conas import distributed
 from conas.errors import InputError, Stopped, one_line
+from conas.memory import keep_freed_memory
 
 STOPPED = "stopped; start the same command again to go on from what was kept"
 
@@ -95,6 +96,7 @@ def run(main: Callable[[], None]) -> int:
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
     try:
         signal.signal(signal.SIGTERM, _terminate)
+        keep_freed_memory()
         with distributed.processes():
             main()
     except InputError as error:

@@ -187,4 +187,4 @@ def factorized_reduce(x: Tensor, first: Tensor, second: Tensor, edges: int) -> T
     both = x.unflatten(3, (-1, 2)).unflatten(2, (-1, 2)).diagonal(dim1=3, dim2=5)  # (S, N, H', W', C, 2)
     pixels, weights = both.movedim(5, 0).reshape(2 * S, -1, C), torch.stack([first, second]).view(2 * S, -1, C)
     y = torch.bmm(pixels, weights.transpose(1, 2)).view(2, S, -1, edges // S, first.shape[0] // edges)
-    return y.permute(2, 1, 3, 0, 4).reshape(N, (H + 1) // 2, (W + 1) // 2, -1)
+    return y.permute(2, 1, 3, 0, 4).reshape(N, (H + 1) // 2, (W + 1) // 2, 2 * len(first))

@@ -3,12 +3,16 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import conv2d
 
 from conas.depthwise import blockwise
 from conas.edges import MixedEdges, Packs, pooled, square
 from conas.folded import in_rows, running_scale
 from conas.mixed import undilated
 from conas.statistics import Statistics
+
+# bytes of a block from which on a CPU's convolution, which adds the shift and needs no copies, beats a product
+CONVOLVED = 2**20
 
 
 def evaluate(edges: MixedEdges, x: Tensor, total: Tensor | None, p: Tensor | None, q: Tensor, weights: Packs,
@@ -30,7 +34,7 @@ def _contribution(edges, x, p, q, weights, statistics):
     for kernel, second in zip(weights.first, weights.second):
         for z in blockwise(rectified, kernel, edges.stride):
             groups, at = slice(group, group + len(z)), group % (edges.S * E) * C
-            half = torch.baddbmm(halfway_shift[groups], in_rows(z), halfway_scale[groups]).relu_().view(z.shape)
+            half = _halfway(z, halfway_scale[groups], halfway_shift[groups])
             for block in blockwise(half, second[at:at + len(z) * C]):
                 _add_products(total, block, scale[groups], group)
             group = groups.stop
@@ -42,6 +46,16 @@ def _contribution(edges, x, p, q, weights, statistics):
     if weights.last:
         total += shift
     return out
+
+
+def _halfway(z, scale, shift):
+    """relu(z scale + shift), for groups z (B, N, H, W, C), scale (B, C, C) and shift (B, 1, C)."""
+    fast = z.device.type == "cpu" and z.numel() * z.element_size() >= CONVOLVED
+    if not fast or torch.compiler.is_exporting():  # a graph that serves every batch size
+        return torch.baddbmm(shift, in_rows(z), scale).relu_().view(z.shape)
+    weight = scale.transpose(1, 2).reshape(-1, scale.shape[1], 1, 1)
+    y = conv2d(z.permute(1, 0, 4, 2, 3).flatten(1, 2), weight, shift.flatten(), groups=len(z)).relu_()
+    return y.permute(0, 2, 3, 1).unflatten(3, (len(z), -1)).permute(3, 0, 1, 2, 4)
 
 
 def _last_scale(edges, p, weights):

@@ -30,7 +30,6 @@ from conas.evaluate import validate
 from conas.files import write_json
 from conas.graphs import Replayed, graph_fits, on_device
 from conas.keeper import Keeper, seed_generators
-from conas.memory import keep_freed_memory
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, folder_name
 from conas.spaces import Space
@@ -80,7 +79,6 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     device = find_device(options.device, keep.deterministic)
     amp = find_precision(speed.amp, device)
     set_tf32(speed.tf32)
-    keep_freed_memory()
     if alphas.hvp == "exact" and not alphas.unrolled:
         raise InputError("--hvp exact: first order has no such product; leave it or --no-unrolled out")
     if alphas.hvp == "exact" and processes.sync_bn and distributed.size() > 1:

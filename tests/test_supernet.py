@@ -8,7 +8,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from benchmarks import textbook
-from conas import depthwise, folded, pooling
+from conas import depthwise, folded, pooling, running
 from conas.fused import by_hand, twice_differentiable
 from conas.genotype import NODES
 from conas.operations import DepthwiseConv2d
@@ -29,6 +29,7 @@ def pair(space):
 def one_by_one(monkeypatch, few=0):
     monkeypatch.setattr(depthwise, "SMALL", 0)
     monkeypatch.setattr(depthwise, "FEW", few)
+    monkeypatch.setattr(running, "CONVOLVED", 0)
 
 
 @pytest.mark.parametrize("space", SPACES)
