@@ -50,8 +50,8 @@ def _contribution(edges, x, p, q, weights, statistics):
 
 def _halfway(z, scale, shift):
     """relu(z scale + shift), for groups z (B, N, H, W, C), scale (B, C, C) and shift (B, 1, C)."""
-    fast = z.device.type == "cpu" and z.numel() * z.element_size() >= CONVOLVED
-    if not fast or torch.compiler.is_exporting():  # a graph that serves every batch size
+    # an exported graph serves every batch size, and may not depend on it
+    if z.device.type != "cpu" or torch.compiler.is_exporting() or z.numel() * z.element_size() < CONVOLVED:
         return torch.baddbmm(shift, in_rows(z), scale).relu_().view(z.shape)
     weight = scale.transpose(1, 2).reshape(-1, scale.shape[1], 1, 1)
     y = conv2d(z.permute(1, 0, 4, 2, 3).flatten(1, 2), weight, shift.flatten(), groups=len(z)).relu_()
