@@ -126,21 +126,21 @@ def memory_on_gpu(name: str, sizes: dict, device: torch.device) -> int:
     return peak_memory(device) - before
 
 
-def grow(spaces: list[str], rounds: int, device: torch.device) -> list[dict]:
+def grow(space: str, rounds: int, device: torch.device) -> list[dict]:
     """Seconds of an iteration by one size at a time, and the exponents of the power laws fitted to the medians."""
     results = []
-    for space in spaces:
-        for varied, values in GROWTH.items():
-            medians = {"textbook": [], "ours": []}
-            for value in values:
-                result = race({"space": space} | BASE | {varied: value}, WORKS[:2], rounds, device)
-                for name, of in medians.items():
-                    of.append(result["seconds"][name]["iteration"]["median"])
-            exponents = {name: exponent(values, of) for name, of in medians.items()}
-            results.append({"space": space, "varied": varied, "values": values, "base": BASE, "seconds": medians,
-                            "exponents": exponents})
-            print(f"{space}: time grows with {varied} to the power {exponents['ours']:.2f} "
-                  f"(textbook {exponents['textbook']:.2f})", flush=True)
+    for varied, values in GROWTH.items():
+        medians, ratios = {"textbook": [], "ours": []}, []
+        for value in values:
+            result = race({"space": space} | BASE | {varied: value}, WORKS[:2], rounds, device)
+            ratios.append(result["textbook_over_ours"]["iteration"])
+            for name, of in medians.items():
+                of.append(result["seconds"][name]["iteration"]["median"])
+        exponents = {name: exponent(values, of) for name, of in medians.items()}
+        results.append({"space": space, "varied": varied, "values": values, "base": BASE, "seconds": medians,
+                        "textbook_over_ours": ratios, "exponents": exponents})
+        print(f"{space}: time grows with {varied} to the power {exponents['ours']:.2f} "
+              f"(textbook {exponents['textbook']:.2f})", flush=True)
     return results
 
 
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--growth", action="store_true")
     parser.add_argument("--keep_freed_memory", action=argparse.BooleanOptionalAction, default=True,
-                        help="for both, as train_search.py does (conas/memory.py)")
+                        help="for both, as all scripts do (conas/memory.py)")
     parser.add_argument("--memory_of", choices=["textbook", "ours"], help=argparse.SUPPRESS)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -201,8 +201,10 @@ def main() -> None:
         if not distance <= TOLERANCE:
             raise SystemExit(f"{space}: the two implementations disagree; there is nothing to compare")
     if options.growth:
-        results["growth"] = about | {"curves": grow(options.spaces, options.rounds, device)}
-        write(path.stem, results)
+        for space in options.spaces:
+            others = [curve for curve in results["growth"].get("curves", []) if curve["space"] != space]
+            results["growth"] = {"curves": others + [about | curve for curve in grow(space, options.rounds, device)]}
+            write(path.stem, results)
     else:
         for space in options.spaces:
             for batch_size in options.batch_sizes:
