@@ -31,6 +31,14 @@ def test_logits_are_the_same(space):
         torch.testing.assert_close(ours(x), network(x), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3", "everything"])
+@torch.inference_mode()
+def test_no_images(space):
+    network = supernet(space)
+    for module in network, prepared(network):
+        assert module(torch.zeros(0, 3, 16, 16)).shape == (0, 10)
+
+
 @torch.no_grad()
 def test_what_was_prepared_outlives_the_network():
     network, x = supernet("cnn_space2"), torch.randn(3, 3, 8, 8)
