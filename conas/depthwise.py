@@ -46,7 +46,7 @@ def convolve(blocks: Sequence[Sequence[Tensor]], kernels: Sequence[Tensor], shif
     outs = []
     for inputs, kernel, shift in zip(blocks, kernels, shifts):
         by = [None] * len(inputs) if shift is None else shift.chunk(len(inputs))
-        outs.append([_groups_of(_convolution(block, own, stride, dilation, of), C)
+        outs.append([groups_of(_convolution(block, own, stride, dilation, of), C)
                      for block, own, of in zip(inputs, kernel.chunk(len(inputs)), by)])
     return outs
 
@@ -72,7 +72,7 @@ def convolve_back(grad: Tensor, shape: Sequence[int], x: Tensor | Sequence[Tenso
     grads, d_x, d_kernels = [_blocks(part, 1, small) for part in grad.split(groups)], None, []
     if x_wanted:
         parts = [_input_gradients(*of, shape, stride, dilation) for of in zip(grads, kernels, flipped)]
-        d_x = ([join([_groups_of(part(), C) for part in of]) for of in parts] if own else
+        d_x = ([join([groups_of(part(), C) for part in of]) for of in parts] if own else
                _sum(parts, shape, small, total))
     if x is not None:
         if isinstance(x, Tensor):
@@ -160,7 +160,7 @@ def blockwise(x: Tensor, weight: Tensor, stride: int = 1, dilation: int = 1) -> 
     C, phased = x.shape[-1], goes_by_phases(x, stride, dilation)
     blocks = side_by_side(in_phases(x) if phased else x, len(weight) // C // len(x))
     for block, kernel in zip(blocks, weight.chunk(len(blocks))):
-        z = _groups_of(_convolution(block, kernel, stride, 1 if phased else dilation), C)
+        z = groups_of(_convolution(block, kernel, stride, 1 if phased else dilation), C)
         yield out_of_phases(z) if phased else z
 
 
@@ -201,11 +201,6 @@ def _blocks(x: Tensor, times: int, small: bool) -> list[Tensor]:
     if times > 1:
         x = x.unsqueeze(-2).expand(*images, H, W, S, times, C)
     return [x.reshape(N, H, W, S * times * C).permute(0, 3, 1, 2)]
-
-
-def _groups_of(block: Tensor, C: int) -> Tensor:
-    """(N, G*C, H, W) -> (G, N, H, W, C), a view."""
-    return block.permute(0, 2, 3, 1).unflatten(3, (-1, C)).permute(3, 0, 1, 2, 4)
 
 
 def _convolution(x, weight, stride, dilation, bias=None):
@@ -266,6 +261,11 @@ def _weight_gradient(grads, x, kernel, stride, dilation, small):
              for window in windows for grad, block, by in zip(grads, _blocks(window, times, small), kernels)]
     columns = parts if len(grads) == 1 else torch.cat(parts).chunk(len(starts))
     return torch.cat([part[..., 1 if s else 0:] for s, part in zip(starts, columns)], 3)
+
+
+def groups_of(block: Tensor, C: int) -> Tensor:
+    """(N, G*C, H, W) -> (G, N, H, W, C), a view."""
+    return block.permute(0, 2, 3, 1).unflatten(3, (-1, C)).permute(3, 0, 1, 2, 4)
 
 
 def join(parts: Sequence[Tensor]) -> Tensor:

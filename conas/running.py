@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from conas.depthwise import blockwise
+from conas.depthwise import blockwise, groups_of
 from conas.edges import MixedEdges, Packs, pooled, square
 from conas.folded import in_rows, running_scale
 from conas.mixed import undilated
@@ -55,7 +55,7 @@ def _halfway(z, scale, shift):
         return torch.baddbmm(shift, in_rows(z), scale).relu_().view(z.shape)
     weight = scale.transpose(1, 2).reshape(-1, scale.shape[1], 1, 1)
     y = conv2d(z.permute(1, 0, 4, 2, 3).flatten(1, 2), weight, shift.flatten(), groups=len(z)).relu_()
-    return y.permute(0, 2, 3, 1).unflatten(3, (len(z), -1)).permute(3, 0, 1, 2, 4)
+    return groups_of(y, scale.shape[2])
 
 
 def _last_scale(edges, p, weights):
