@@ -1,6 +1,4 @@
 """What a piece of work costs that does not depend on the clock: operator calls, FLOPs, and memory at its peak."""
-import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -55,13 +53,6 @@ def matmul_peak(device: torch.device, seconds: Callable[[Callable[[], object]], 
     size = 4096 if device.type == "cuda" else 1024
     a, b = (torch.randn(size, size, device=device) for _ in range(2))
     return max(2 * size ** 3 / seconds(lambda: a @ b) for _ in range(10))
-
-
-def memory_in_child(arguments: list[str]) -> int:
-    """Bytes at the peak of `python -m benchmarks.search_step ARGUMENTS`, which prints them, in a new process."""
-    command = [sys.executable, "-m", "benchmarks.search_step", *arguments]
-    out = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True).stdout
-    return json.loads(out.splitlines()[-1])
 
 
 def peak_memory(device: torch.device) -> int:

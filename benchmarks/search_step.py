@@ -2,35 +2,33 @@
 
     python -m benchmarks.search_step                  # batches of 16 and 64, two threads
     python -m benchmarks.search_step --threads 1
-    python -m benchmarks.search_step --no-keep_freed_memory
+    python -m benchmarks.search_step --keep_freed_memory both
     python -m benchmarks.search_step --growth         # time by batch, channels and layers, in the three spaces
     python -m benchmarks.search_step --device cuda
 
 The textbook is benchmarks/textbook.py: a module for every primitive on every edge, a new network for every virtual
 step, NCHW. Ours is what train_search.py runs. First the hypergradients of both are compared in float64. Then both take
-turns in one process, on the same random images of 32x32 pixels in float32: an architect step, a weight step and an
-evaluation (no gradients, --eval_batch images). Each round gives one ratio of each; printed are medians and quartiles.
-On CUDA, ours are graphs, as in train_search.py and test_all.py; steps by themselves are not. Memory is that of
-two iterations in a process of its own, less what the import of torch takes; on CUDA, of tensors. Calls and FLOPs are
-counted on the CPU only. Writes benchmarks/results/search_step-DEVICE.json, which keeps the last result of every
-setting, and draws img/search_step.svg, or img/search_step-cuda.svg.
+turns, each in a process of its own (benchmarks/turns.py), on the same random images of 32x32 pixels in float32: an
+architect step, a weight step and an evaluation (no gradients, --eval_batch images). Each round gives one ratio of
+each; printed are medians and quartiles. On CUDA, ours are graphs, as in train_search.py and test_all.py; steps by
+themselves are not. Memory is that of the first iterations, less what imports take; on CUDA, of tensors. Calls and
+FLOPs are counted on the CPU only. Writes benchmarks/results/search_step-DEVICE.json, which keeps the last result of
+every setting, and draws img/search_step.svg, or img/search_step-cuda.svg.
 """
 import argparse
-import gc
 import json
 import math
-import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 
-from benchmarks.contestant import Contestant, iterate
-from benchmarks.counts import ROOT, flops, matmul_peak, memory_in_child, operator_calls, peak_memory
+from benchmarks.contestant import Contestant
+from benchmarks.counts import ROOT, matmul_peak
 from benchmarks.machine import RESULTS, machine, several, spread, write
 from benchmarks.search_step_figure import draw
+from benchmarks.turns import Player, stopwatch
 from conas.cli import find_device
-from conas.memory import keep_freed_memory
-from conas.speed import set_tf32
 
 WORKS = "architect", "weights", "evaluation"
 GROWTH = {"batch_size": (8, 16, 32, 64), "channels": (8, 16, 32), "layers": (5, 8, 11, 14)}
@@ -48,67 +46,41 @@ def disagreement(space: str, device: torch.device) -> float:
     return ((ours - expected).norm() / expected.norm()).item()
 
 
-def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
-    """A function that gives the seconds a work takes on the device."""
-    def on_cpu(work):
-        began = time.perf_counter()
-        work()
-        return time.perf_counter() - began
-
-    def on_cuda(work):
-        began, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize(device)
-        began.record()
-        work()
-        ended.record()
-        torch.cuda.synchronize(device)
-        return began.elapsed_time(ended) / 1e3
-
-    return on_cuda if device.type == "cuda" else on_cpu
-
-
-def race(sizes: dict, works: tuple[str, ...], rounds: int, device: torch.device) -> dict:
-    """Seconds of each work of both contestants, and the ratios, from `rounds` rounds in turn."""
-    seconds = stopwatch(device)
-    contestants = {name: Contestant(name, **sizes, device=device) for name in ("textbook", "ours")}
-    taken = {name: {work: [] for work in works} for name in contestants}
-    if graph := contestants["ours"].graph:
-        contestants["ours"].works["graph"] = graph
-        taken["ours"]["graph"] = []
-        iterate(contestants["ours"])
-        for _ in range(2):  # which records one
-            contestants["ours"].works["evaluation"]()
+def race(players: list[Player], works: tuple[str, ...], rounds: int) -> dict:
+    """Seconds of each work of both players, the textbook first, and the ratios, from `rounds` rounds in turn."""
+    taken = {player: {work: [] for work in (*works, "graph") if work in player.works} for player in players}
     for turn in range(-1, rounds):  # the first round warms up
-        for name in sorted(contestants, reverse=turn % 2 == 0):
-            for work in taken[name]:
-                took = seconds(contestants[name].works[work])
+        for player in players if turn % 2 else players[::-1]:
+            for work, seconds in taken[player].items():
+                took = player.ask("seconds", work)
                 if turn >= 0:
-                    taken[name][work].append(took)
+                    seconds.append(took)
     for of in taken.values():
         both = [a + w for a, w in zip(of["architect"], of["weights"])]
         of["iteration"] = of.pop("graph", both)
-    return {"seconds": {name: {work: spread(values) for work, values in of.items()} for name, of in taken.items()},
-            "textbook_over_ours": {work: spread([t / o for t, o in zip(values, taken["ours"][work])])
-                                   for work, values in taken["textbook"].items()}}
+    textbook, ours = taken.values()
+    return {"seconds": {player.name: {work: spread(values) for work, values in taken[player].items()}
+                        for player in players},
+            "textbook_over_ours": {work: spread([t / o for t, o in zip(values, ours[work])])
+                                   for work, values in textbook.items()}}
 
 
-def compare(sizes: dict, rounds: int, device: torch.device, kept: bool) -> dict:
+@contextmanager
+def pair(sizes: dict, device: torch.device, kept: str) -> Iterator[list[Player]]:
+    """The textbook and ours, of the same sizes."""
+    with ExitStack() as stack:
+        yield [stack.enter_context(Player(name, sizes, device, torch.get_num_threads(), kept in ("both", name)))
+               for name in ("textbook", "ours")]
+
+
+def compare(sizes: dict, rounds: int, device: torch.device, kept: str) -> dict:
     """All figures of one setting."""
-    if device.type == "cuda":
-        peaks = {name: memory_on_gpu(name, sizes, device) for name in ("textbook", "ours")}
-        return race(sizes, WORKS, rounds, device) | {"peak_bytes": peaks}
-    flags = [f"--{key}={value}" for key, value in sizes.items() if key not in ("batch_size", "space", "eval_batch")]
-    flags += [f"--batch_sizes={sizes['batch_size']}", f"--spaces={sizes['space']}", f"--device={device}",
-              f"--threads={torch.get_num_threads()}", "--keep_freed_memory" if kept else "--no-keep_freed_memory"]
-    # first: what this process frees stays its own, and both together may be more than there is
-    peaks = {name: memory_in_child([*flags, f"--memory_of={name}"]) for name in ("textbook", "ours")}
-    result = race(sizes, WORKS, rounds, device) | {"peak_bytes": peaks}
-    for count in operator_calls, flops:
-        result[count.__name__] = {}
-        for name in "textbook", "ours":
-            contestant = Contestant(name, **sizes, device=device)
-            contestant.iteration()  # from here on there is a velocity
-            result[count.__name__][name] = {work: count(contestant.works[work]) for work in WORKS}
+    with pair(sizes, device, kept) as players:
+        result = race(players, WORKS, rounds) | {"peak_bytes": {player.name: player.peak_bytes for player in players}}
+        if device.type == "cuda":
+            return result
+        for count in "operator_calls", "flops":
+            result[count] = {player.name: {work: player.ask(count, work) for work in WORKS} for player in players}
     peak = matmul_peak(device, stopwatch(device))
     result["matmul_flops_per_second"] = peak
     result["share_of_matmul_peak"] = {
@@ -117,23 +89,14 @@ def compare(sizes: dict, rounds: int, device: torch.device, kept: bool) -> dict:
     return result
 
 
-def memory_on_gpu(name: str, sizes: dict, device: torch.device) -> int:
-    """Bytes of tensors at the peak of some iterations, among them the recording of a graph."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    iterate(Contestant(name, **sizes, device=device))
-    return peak_memory(device) - before
-
-
-def grow(space: str, rounds: int, device: torch.device) -> list[dict]:
+def grow(space: str, rounds: int, device: torch.device, kept: str) -> list[dict]:
     """Seconds of an iteration by one size at a time, and the exponents of the power laws fitted to the medians."""
     results = []
     for varied, values in GROWTH.items():
         medians, ratios = {"textbook": [], "ours": []}, []
         for value in values:
-            result = race({"space": space} | BASE | {varied: value}, WORKS[:2], rounds, device)
+            with pair({"space": space} | BASE | {varied: value}, device, kept) as players:
+                result = race(players, WORKS[:2], rounds)
             ratios.append(result["textbook_over_ours"]["iteration"])
             for name, of in medians.items():
                 of.append(result["seconds"][name]["iteration"]["median"])
@@ -176,26 +139,17 @@ def main() -> None:
     parser.add_argument("--spaces", nargs="+", default=["cnn_space1"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--growth", action="store_true")
-    parser.add_argument("--keep_freed_memory", action=argparse.BooleanOptionalAction, default=True,
-                        help="for both, as all scripts do (conas/memory.py)")
-    parser.add_argument("--memory_of", choices=["textbook", "ours"], help=argparse.SUPPRESS)
+    parser.add_argument("--keep_freed_memory", choices=["ours", "both", "none"], default="ours",
+                        help="who keeps it, as all scripts of ours do (conas/memory.py; default: ours)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     device = find_device(options.device)
-    set_tf32(False)  # as train_search.py has it
-    kept = options.keep_freed_memory and keep_freed_memory()
-    if options.memory_of:
-        before = peak_memory(device)
-        contestant = Contestant(options.memory_of, options.spaces[0], options.channels, options.layers,
-                                options.batch_sizes[0], device=device)
-        iterate(contestant)
-        print(peak_memory(device) - before)
-        return
+    kept = options.keep_freed_memory
 
     path = RESULTS / f"search_step-{device.type}.json"
     results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"settings": {}, "growth": {}}
     about = machine(device) | {"gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none was at hand",
-                               "rounds": options.rounds, "freed_memory_kept": kept}
+                               "rounds": options.rounds, "keep_freed_memory": kept}
     for space in options.spaces:
         distance = disagreement(space, device)
         print(f"{space}: hypergradients agree to {distance:.1e} in float64", flush=True)
@@ -204,7 +158,8 @@ def main() -> None:
     if options.growth:
         for space in options.spaces:
             others = [curve for curve in results["growth"].get("curves", []) if curve["space"] != space]
-            results["growth"] = {"curves": others + [about | curve for curve in grow(space, options.rounds, device)]}
+            curves = [about | curve for curve in grow(space, options.rounds, device, kept)]
+            results["growth"] = {"curves": others + curves}
             write(path.stem, results)
     else:
         for space in options.spaces:
@@ -213,7 +168,7 @@ def main() -> None:
                          "batch_size": batch_size, "eval_batch": options.eval_batch}
                 threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
                 title = (f"{space}, {options.channels} channels, {options.layers} cells, batch {batch_size}, {threads}"
-                         f"{'' if kept else ', malloc as it comes'}")
+                         f"{'' if kept == 'ours' else f', freed memory kept by {kept}'}")
                 results["settings"][title] = about | sizes | compare(sizes, options.rounds, device, kept)
                 print(f"{title}\n{report(results['settings'][title])}", flush=True)
                 write(path.stem, results)  # now: the next setting may take too long, or too much memory
