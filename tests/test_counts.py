@@ -1,11 +1,13 @@
 """What the benchmark of the search step counts, operator calls and FLOPs, and a short run of that of an epoch."""
 import json
 
+import pytest
 import torch
 from torch.nn.functional import conv2d
 
 from benchmarks.contestant import Contestant
 from benchmarks.counts import flops, operator_calls
+from benchmarks.turns import Player
 from tests.conftest import clone
 
 
@@ -24,6 +26,17 @@ def test_depthwise_backward_counts_as_its_three_convolutions():
     once = 2 * 9 * (2 * 6 * 8 * 8)
     assert flops(lambda: conv2d(x, weight, padding=1, groups=6)) == once
     assert flops(lambda: conv2d(x, weight, padding=1, groups=6).sum().backward()) == 3 * once
+
+
+def test_a_player_does_what_a_contestant_of_this_process_does_and_says_so_if_it_cannot():
+    sizes = {"space": "cnn_space2", "channels": 2, "layers": 3, "batch_size": 2, "eval_batch": 2}
+    here = Contestant("ours", **sizes)
+    here.iteration()
+    with Player("ours", sizes, torch.device("cpu"), 1, True) as player:
+        assert player.ask("operator_calls", "evaluation") == operator_calls(here.works["evaluation"])
+        assert 0 < player.ask("seconds", "weights") < 60 and player.peak_bytes > 0
+        with pytest.raises(SystemExit, match="ours: its process ended"):
+            player.ask("seconds", "nothing of the kind")
 
 
 def test_the_benchmark_of_an_epoch_runs(tmp_path):
