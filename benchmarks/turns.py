@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import torch
 
@@ -34,7 +35,8 @@ class Player:
 
     def ask(self, measure: str, work: str) -> float:
         """Seconds, operator_calls or flops of a piece of work, which is done once."""
-        print(measure, work, file=self._process.stdin, flush=True)
+        with suppress(BrokenPipeError):  # of a process that has ended since: there is no answer, which says so
+            print(measure, work, file=self._process.stdin, flush=True)
         return self._answer()
 
     def _answer(self):
@@ -47,7 +49,8 @@ class Player:
         return self
 
     def __exit__(self, *_) -> None:
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):
+            self._process.stdin.close()
         self._process.wait()
 
 
