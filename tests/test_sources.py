@@ -1,6 +1,7 @@
 """Readers: small files in the published formats go in, and what comes out is compared with what was written."""
 import gzip
 import hashlib
+import os
 import pickle
 import struct
 import tarfile
@@ -181,6 +182,31 @@ def test_imagenette(tmp_path, monkeypatch):
     assert part.images.shape == (10, 3, 32, 32) and part.labels.tolist() == list(range(10))
     assert part.info.classes[:2] == ("tench", "English springer")
     assert (part.images[:, 0].float().mean((1, 2)) - 20 * torch.arange(10)).abs().max() < 4
+
+
+def test_the_jpeg_copy_of_cifar10_is_whole_and_in_its_class_order_or_refused(tmp_path):
+    names = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+    root = tmp_path / "CIFAR-10-images"
+    for part, count in (("train", 5000), ("test", 1000)):
+        for label, name in enumerate(reversed(names)):
+            save_image(root / part / name / "0000.jpg", (label, 0, 0), size=(32, 32))
+            for i in range(1, count):  # names are enough: nothing is decoded here
+                os.link(root / part / name / "0000.jpg", root / part / name / f"{i:04}.jpg")
+    for where in (tmp_path, root):
+        for split, count in (("train", 5000), ("test", 1000)):
+            classes, files, labels = conas.sources.READERS["cifar10_jpeg"](where, split)
+            assert list(classes) == names and torch.bincount(labels).tolist() == [count] * 10
+            assert all(Path(name).parent.name == classes[y] for name, y in zip(files.names, labels))
+    info = conas.data.DATASETS["cifar10_jpeg"]
+    assert (info.mean, info.std) == (conas.data.DATASETS["cifar10"].mean, conas.data.DATASETS["cifar10"].std)
+    (root / "test" / "dog" / "0999.jpg").unlink()
+    with pytest.raises(InputError, match=r"test: not a whole copy .* dog \(999\)"):
+        load("cifar10_jpeg", tmp_path, "train")
+    (root / "test" / "dog").rename(root / "test" / "puppy")
+    with pytest.raises(InputError, match=r"dog \(0\), puppy \(999\)"):
+        load("cifar10_jpeg", tmp_path, "train")
+    with pytest.raises(InputError, match="nowhere: holds no JPEG copy of CIFAR-10; clone"):
+        load("cifar10_jpeg", tmp_path / "nowhere", "train")
 
 
 # folders
