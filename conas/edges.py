@@ -19,11 +19,34 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d, pad
 
-from conas.pooling import average_pool
+from conas.errors import InputError
+from conas.operations import DilConv, FactorizedReduce, SepConv, Zero
+from conas.pooling import AveragePool, average_pool
 from conas.statistics import Statistics
 
 POOLS = {"max_pool_3x3": lambda x, stride: max_pool2d(x, 3, stride, 1),
          "avg_pool_3x3": average_pool}
+
+# What the functions here compute, by name: the classes of the modules that it is right for. A name alone proves
+# nothing, since OPERATIONS may be changed.
+COMPUTED = {
+    "none": [(Zero,)],
+    "skip_connect": [(nn.Identity,), (FactorizedReduce,)],
+    "max_pool_3x3": [(nn.MaxPool2d, nn.BatchNorm2d)],
+    "avg_pool_3x3": [(AveragePool, nn.BatchNorm2d)],
+    "sep_conv_3x3": [(SepConv,)],
+    "sep_conv_5x5": [(SepConv,)],
+    "sep_conv_7x7": [(SepConv,)],
+    "dil_conv_3x3": [(DilConv,)],
+    "dil_conv_5x5": [(DilConv,)],
+    "conv_7x1_1x7": [(nn.ReLU, nn.Conv2d, nn.Conv2d, nn.BatchNorm2d)],
+}
+
+
+def is_computed(primitive: str, operation: nn.Module) -> bool:
+    """Return True if packed edges compute what this operation, called `primitive`, does."""
+    classes = tuple(type(part) for part in operation) if type(operation) is nn.Sequential else (type(operation),)
+    return classes in COMPUTED.get(primitive, [])
 
 
 class Packs(NamedTuple):
@@ -47,6 +70,9 @@ class MixedEdges:
         self.S, self.E, self.stride = states, len(mixed) // states, stride
         self.primitives = primitives
         self.ops = {primitive: [m._ops[k] for m in mixed] for k, primitive in enumerate(primitives)}
+        if foreign := [name for name in primitives if not all(is_computed(name, op) for op in self.ops[name])]:
+            raise InputError(f"PRIMITIVES: the search has no code that computes {', '.join(foreign)}, and would leave "
+                             f"it out of every sum; it has for {', '.join(COMPUTED)}")
         self.sep = [name for name in primitives if name.startswith("sep_conv")]
         self.dil = [name for name in primitives if name.startswith("dil_conv")]
         self.pools = [name for name in primitives if name in POOLS]

@@ -1,6 +1,7 @@
 """The search network: DARTS' continuous relaxation (arXiv:1806.09055, section 2.2) over a space's primitives."""
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from functools import partial
 from itertools import chain, islice, zip_longest
 from math import prod
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import conv2d, linear, pad
 
 from conas.edges import MixedEdges, Room, factorized_reduce
+from conas.errors import InputError
 from conas.fused import Tape, by_hand, recorded
 from conas.genotype import EDGES, NODES, Genotype, derive
 from conas.mixed import Wanted, train
@@ -25,6 +27,18 @@ STEM_MULTIPLIER = 3
 # they leave: OUTGOING[n] are those out of both inputs for n = 0, then out of node n-1, each to node n and all after it.
 OUTGOING = [[node * (node + 3) // 2 + source for source in ((0, 1) if n == 0 else (n + 1,)) for node in range(n, NODES)]
             for n in range(NODES)]
+
+
+def check_primitives(primitives: Sequence[str]) -> None:
+    """Raise InputError unless a space can search over these: known, distinct, and one of them other than `none`."""
+    for name in primitives:
+        if name not in OPERATIONS:
+            near = get_close_matches(str(name), OPERATIONS, 3, 0.4) or sorted(OPERATIONS)
+            raise InputError(f"PRIMITIVES: {name!r} is no operation; did you mean {' or '.join(near)}?")
+    if twice := sorted({name for name in primitives if list(primitives).count(name) > 1}):
+        raise InputError(f"PRIMITIVES: {', '.join(twice)} is there twice; take one away, since each has an alpha")
+    if not set(primitives) - {"none"}:
+        raise InputError(f"PRIMITIVES: {', '.join(primitives) or 'empty'}; a cell needs an operation other than none")
 
 
 class MixedOp(nn.Module):
@@ -141,6 +155,7 @@ class Supernet(nn.Module):
 
     def __init__(self, C: int = 16, num_classes: int = 10, layers: int = 8, in_channels: int = 3):
         super().__init__()
+        check_primitives(self.primitives)
         self.arguments = {"C": C, "num_classes": num_classes, "layers": layers, "in_channels": in_channels}
         C_curr = STEM_MULTIPLIER * C
         self.stem = nn.Sequential(nn.Conv2d(in_channels, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))

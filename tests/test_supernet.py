@@ -5,13 +5,15 @@ from importlib import import_module
 
 import pytest
 import torch
+from torch import nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks import textbook
 from conas import depthwise, folded, pooling, running
+from conas.errors import InputError
 from conas.fused import by_hand, twice_differentiable
 from conas.genotype import NODES
-from conas.operations import DepthwiseConv2d
+from conas.operations import OPERATIONS, DepthwiseConv2d, SepConv, Zero
 from conas.supernet import Supernet, constant_alphas, frozen_statistics
 from tests.parity import fill
 
@@ -196,3 +198,36 @@ def test_the_smallest_space_works():
     network = Pools(C=2, layers=3)
     network(torch.randn(2, 3, 8, 8)).square().sum().backward()
     assert network.alphas_normal.grad.abs().sum() > 0
+
+
+class Flipped(SepConv):
+    """What looks like an operation that packed edges compute, but is another."""
+
+    def forward(self, x):
+        return -super().forward(x)
+
+
+@pytest.mark.parametrize("name, operation", [
+    ("conv_3x3", lambda C, stride, affine: nn.Conv2d(C, C, 3, stride, 1)),
+    ("sep_conv_3x3_se", lambda C, stride, affine: SepConv(C, 3, stride, affine)),
+    ("sep_conv_3x3", lambda C, stride, affine: Flipped(C, 3, stride, affine)),
+    ("skip_connect", lambda C, stride, affine: nn.AvgPool2d(1, stride)),
+    ("max_pool_3x3", lambda C, stride, affine: nn.AvgPool2d(3, stride, 1)),
+    ("none", lambda C, stride, affine: nn.Identity() if stride == 1 else Zero(stride)),
+])
+def test_an_operation_that_packed_edges_do_not_compute_is_refused_by_name(name, operation, monkeypatch):
+    monkeypatch.setitem(OPERATIONS, name, operation)
+    space = type("Own", (Supernet,), {"primitives": tuple(dict.fromkeys(["none", "dil_conv_3x3", name]))})
+    with pytest.raises(InputError, match=f"no code that computes {name},"):
+        space(4, 10, 3)
+
+
+@pytest.mark.parametrize("primitives, says", [
+    (("sep_conv_3x3", "noise"), "'noise' is no operation; did you mean none"),
+    (("none", "sep_conv3x3"), "did you mean sep_conv_3x3"),
+    ((), "empty"), (("none",), "none; a cell needs"),
+    (("none", "skip_connect", "skip_connect"), "skip_connect is there twice"),
+])
+def test_primitives_of_which_no_cell_can_be_made_are_refused(primitives, says):
+    with pytest.raises(InputError, match=f"PRIMITIVES: .*{says}"):
+        type("Own", (Supernet,), {"primitives": primitives})(4, 10, 3)
