@@ -11,7 +11,8 @@ sys.path.insert(1, str(HERE.parent))  # the repository, so that a bare clone run
 
 from conas import cli, measure
 
-PAPER = measure.Published("imagenet", "imagenet", {"top1_error": 26.7, "top5_error": 8.7, "parameters": 4.7e6})
+PAPER = measure.Published("imagenet", "imagenet", {"top1_error": 26.7, "top5_error": 8.7, "parameters": 4.7e6},
+                          images=50_000, classes=1000)
 
 if __name__ == "__main__":
     sys.exit(cli.run(lambda: measure.main(HERE, None, __doc__, PAPER)))

@@ -20,6 +20,7 @@ from conas.spaces import Space
 from conas.text import Corpus, Text, load_corpus
 
 PUBLISHED = {"perplexity": 55.68, "parameters": 23e6}  # of ptb_model.pt, arXiv:1806.09055, table 3
+PUBLISHED_UNITS = 850
 
 
 def measure(network: LanguageModel, corpus: Corpus, split: str, bptt: int, device) -> dict[str, float]:
@@ -47,6 +48,16 @@ def open_published(path: Path, cell: Genotype) -> RecurrentNetwork:
         raise InputError(f"{path}: its tensors do not fit a language model with the cell {cell}; copy a good one here"
                          ) from error
     return network
+
+
+def differences(network: RecurrentNetwork, corpus: Corpus, cell: Genotype) -> list[str]:
+    """In what a tested network and text are not those of PUBLISHED, a network of `cell`: a phrase each."""
+    units, own = network.arguments["units"], network.genotype()
+    return [phrase for phrase, same in (
+        ("the cell DARTS_V2, not another", (list(cell.recurrent), list(cell.concat)) == (list(own.recurrent),
+                                                                                         list(own.concat))),
+        (f"{PUBLISHED_UNITS} units, not {units}", units == PUBLISHED_UNITS),
+        ("the Penn Treebank, with its very files", corpus.name == "penn" and corpus.published)) if not same]
 
 
 def is_pickled(path: Path) -> bool:
@@ -96,6 +107,9 @@ def main(folder: Path, supernet: type[RecurrentSupernet], module, description: s
     elif published:
         print(f"to have it in a file that is safe to load: --model_path {path} --export {path.stem}-safe.pt")
     print(f"{corpus.name}: {len(corpus.ids['test'])} words of test text, vocabulary of {len(corpus.words)}")
+    if published and (unlike := differences(network, corpus, module.DARTS_V2)):
+        published = False
+        print(f"the paper's figures are left out, since they are of {'; '.join(unlike)}")
     print(as_text(measure(network, corpus, "test", options.bptt, device), published))
 
 

@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from conas import arch, distributed, photographs
 from conas import checkpoint as checkpoints
+from conas import genotype as genotypes
 from conas.cli import find_device, option, parse
 from conas.config import RECIPES, ROOT, ModelOptions, TestOptions
 from conas.data import DATASETS, ImageSet, load
@@ -39,11 +40,18 @@ class PublishedOptions:
 
 @dataclass(frozen=True)
 class Published:
-    """What a script expects of a published file: the recipe, the data set, and the paper's figures for both."""
+    """A published file: recipe, data set and cells of its network, and the figures that were published of it.
+
+    They were measured on the whole test split, `images` of `classes` classes, with the recipe's channels and number of
+    cells, after a training with an auxiliary head.
+    """
 
     recipe: str
     dataset: str
     figures: Mapping[str, float]  # by the names of `measure`
+    arch: str = "DARTS"
+    images: int = 10_000
+    classes: int = 10
 
 
 def measure(network: nn.Module, images: ImageSet, options: TestOptions, crop: int | None = None) -> dict[str, float]:
@@ -65,6 +73,22 @@ def measure(network: nn.Module, images: ImageSet, options: TestOptions, crop: in
             "parameters": count_parameters(network),
             "multiply_adds": flops(network, (images.info.channels, size, size)),
             "images_per_second": len(images) / seconds}
+
+
+def differences(published: Published, network: DerivedNetwork, images: ImageSet) -> list[str]:
+    """In what a tested network and its images are not those of the published figures: a phrase each."""
+    recipe, of = RECIPES[published.recipe], network.arguments
+    cells, own_cells = (genotypes.to_json(genotype) for genotype in (GENOTYPES[published.arch], network.genotype()))
+    size = DATASETS[published.dataset].image_size
+    return [phrase for phrase, same in (
+        (f"the cells {published.arch}, not others", cells == own_cells),
+        (f"{recipe['init_channels']} channels, not {of['C']}", recipe["init_channels"] == of["C"]),
+        (f"{recipe['layers']} cells, not {of['layers']}", recipe["layers"] == of["layers"]),
+        ("a network with an auxiliary head", of["auxiliary"]),
+        (f"{published.dataset}, not {images.info.name}", published.dataset == images.info.name),
+        (f"{published.classes} classes, not {of['num_classes']}", published.classes == of["num_classes"]),
+        (f"{published.images} test images, not {len(images)}", published.images == len(images)),
+        (f"{size} pixels, not {of['image_size']}", size == of["image_size"])) if not same]
 
 
 def as_text(figures: Mapping[str, float], published: Mapping[str, float]) -> str:
@@ -119,8 +143,11 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
             raise InputError(f"--export: {path} says nothing of its images and training, as checkpoints of train.py do")
         network, images, crop = open_published(path, content, published, *published_options, options.data,
                                                options.skip_bad_images)
-        beside = published.figures
-        print(f"{path}: a published file")
+        print(f"{path}: a state_dict, of the network that --arch and the flags beside it describe")
+        if unlike := differences(published, network, images):
+            print(f"the paper's figures are left out, since they are of {'; '.join(unlike)}")
+        else:
+            beside = published.figures
     else:
         checkpoint = checkpoints.check(path, content)
         network = checkpoints.restore(path, checkpoint, space.name, network_class)

@@ -51,6 +51,7 @@ class Corpus:
     words: tuple[str, ...]
     ids: dict[str, Tensor]
     notes: tuple[str, ...] = ()  # what a user should know of the files, a line each
+    published: bool = False      # whether all files are known to be the published ones
 
     @cached_property
     def fingerprint(self) -> str:
@@ -90,7 +91,9 @@ def load_corpus(name: str, data: str | Path) -> Corpus:
             notes.append(f"{split}.txt: {len(unknown)} of {len(text)} words are not in train.txt, and count as "
                          f"{UNKNOWN}")
         ids[split] = torch.tensor([numbers[word if word in numbers else UNKNOWN] for word in text])
-    return Corpus(name, folder, tuple(numbers), ids, (*notes, *_differences(folder, name)))
+    differences = list(_differences(folder, name))
+    published = name in CORPORA and bool(CORPORA[name].files) and not differences
+    return Corpus(name, folder, tuple(numbers), ids, (*notes, *differences), published)
 
 
 def _read(path: Path, name: str) -> list[str]:

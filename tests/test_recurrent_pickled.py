@@ -1,5 +1,6 @@
 """Published pickled models: files of that shape are read, and nothing in any file is run."""
 import collections
+import hashlib
 import os
 import pickle
 import struct
@@ -12,10 +13,12 @@ import torch
 from torch import nn
 
 from conas.errors import InputError
-from conas.language_test import is_pickled, open_published
+from conas.language_test import differences, is_pickled, main, open_published
 from conas.pickled import MAGIC, read_pickled
-from conas.recurrent import RecurrentNetwork
+from conas.recurrent import RecurrentNetwork, RecurrentSupernet
+from conas.text import CORPORA, Corpus, load_corpus
 from rnn import genotypes
+from tests.conftest import ROOT
 
 WORDS, UNITS = 11, 6
 pytestmark = pytest.mark.filterwarnings("ignore:Couldn't retrieve source", "ignore:TypedStorage")
@@ -126,6 +129,47 @@ def test_a_published_file_is_read(network, darts, tmp_path, layout, monkeypatch)
         monkeypatch.setattr("conas.language_test.read_pickled",
                             lambda _: broken._replace(genotype=(genotypes.ENAS.recurrent, [2])))
         open_published(path, genotypes.DARTS_V2)
+
+
+@pytest.mark.parametrize("words, units, cell, name, published, missing", [
+    (10_000, 850, "DARTS_V2", "penn", True, None),
+    (10_000, 850, "DARTS_V1", "penn", True, "the cell DARTS_V2"),
+    (10_000, 300, "DARTS_V2", "penn", True, "850 units, not 300"),
+    (10_000, 850, "DARTS_V2", "penn", False, "the Penn Treebank"),
+    (1596, 850, "DARTS_V2", "gospels", False, "the Penn Treebank"),
+])
+def test_published_figures_are_of_one_network_on_one_text(words, units, cell, name, published, missing):
+    with torch.device("meta"):
+        network = RecurrentNetwork(words, units, getattr(genotypes, cell))
+    corpus = Corpus(name, ROOT, tuple(map(str, range(words))), {}, published=published)
+    found = differences(network, corpus, genotypes.DARTS_V2)
+    assert bool(found) == bool(missing) and (not missing or missing in "; ".join(found))
+
+
+def test_a_text_is_the_published_one_only_if_its_files_are(tmp_path, monkeypatch):
+    for split in "train", "valid", "test":
+        (tmp_path / "penn").mkdir(exist_ok=True)
+        (tmp_path / "penn" / f"{split}.txt").write_text("a b\n")
+    assert not load_corpus("penn", tmp_path).published
+    right = {split: (4, hashlib.md5(b"a b\n").hexdigest()) for split in ("train", "valid", "test")}
+    monkeypatch.setitem(CORPORA, "penn", CORPORA["penn"]._replace(files=right))
+    assert load_corpus("penn", tmp_path).published
+    assert not load_corpus("gospels", ROOT / "data").published  # of which no figures were published
+
+
+def test_figures_of_another_network_stand_alone(network, darts, tmp_path, monkeypatch, capsys):
+    text = tmp_path / "text"
+    text.mkdir()
+    for split in "train", "valid", "test":
+        (text / f"{split}.txt").write_text(" ".join(map(str, range(WORDS - 1))) + "\n")
+    torch.save(darts(network), tmp_path / "ptb_model.pt")
+    for name in ("model", "genotypes", "locked_dropout"):
+        monkeypatch.delitem(sys.modules, name)
+    main(ROOT / "rnn", RecurrentSupernet, genotypes, "",
+         ["--model_path", str(tmp_path / "ptb_model.pt"), "--data", str(text), "--device", "cpu"])
+    printed = capsys.readouterr().out
+    assert "the paper's figures are left out, since they are of the cell DARTS_V2" in printed
+    assert "perplexity" in printed and "published" not in printed and "55.68" not in printed
 
 
 class Payload:
