@@ -14,7 +14,7 @@ from conas.scores import Scores
 from ensemble.calibration import fit_temperature, fit_temperatures
 from ensemble.committee import COMBINATIONS, Committee, check_same_images, stack_logits
 from ensemble.metrics import nll, softmax
-from ensemble.selection import beam, convex_weights
+from ensemble.selection import TOLERANCE, beam, convex_weights, weights_gap
 
 FITTED = "weighted", "greedy", "beam"
 RULES = (*COMBINATIONS, *FITTED)
@@ -71,7 +71,9 @@ def fit(pool: Mapping[str, Scores], combination: str, *, size: int = 10, width: 
         probabilities = softmax(logits).float()
         if combination == "weighted":
             weights = convex_weights(probabilities, labels)
-            used_for.append(f"{len(names)} weights")
+            gap = weights_gap(weights, probabilities, labels)
+            used_for.append(f"{len(names)} weights" + (f" (at most {gap:.1g} nats above the lowest loss; their fit "
+                                                       "converges slowly)" if gap >= TOLERANCE else ""))
         else:
             selection = beam(probabilities, labels, size, width if combination == "beam" else 1, objective)
             weights, path = selection.weights(len(names)), selection.path

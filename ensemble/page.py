@@ -12,6 +12,7 @@ from ensemble import svg
 from ensemble.committee import Committee
 from ensemble.diversity import uncertainty
 from ensemble.metrics import confusion_matrix
+from ensemble.report import bounds_reached
 from ensemble.searches import Search
 from ensemble.sprites import choose, sprite
 
@@ -109,6 +110,7 @@ class Page:
         note = "ECE: expected calibration error, 15 bins. All figures are on the test images."
         if self.summary["held_out"]:
             note += " Calibrated: with the temperature that fits the held-out images best."
+        note += "".join(f" {escape(sentence)}." for sentence in bounds_reached(self.last))
         table = f"<table id=members-table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         return f"{_scroll('Table of members', table)}<p class=note>{note}</p>"
 

@@ -5,15 +5,17 @@ A report is a plain dict, ready for JSON; accuracies are in percent, gains in pe
     format version combination dataset fingerprint images classes    what was combined, and on what it was tested
     left_out      by member, the epochs that not all members have
     epochs        a list of {epoch, members, committee, best_member, gain}, where
-                  members are {name, space, epoch, seed, stage, checkpoint, sha256, weight, temperature, FIGURES},
-                  checkpoint relative to the root, temperature what its logits are divided by,
-                  committee is {temperature, FIGURES, diversity, uncertainty},
+                  members are {name, space, epoch, seed, stage, checkpoint, sha256, weight, TEMPERATURE, FIGURES},
+                  checkpoint relative to the root,
+                  committee is {TEMPERATURE, FIGURES, diversity, uncertainty},
                   and best_member is the one with the highest top-1 on the test images
     held_out      None, or what the held-out images did: {images, fingerprint, pool, used_for, path, best_member};
-                  then members and committee of the last epoch have `calibrated`: {temperature, FIGURES}
+                  then members and committee of the last epoch have `calibrated`: {TEMPERATURE, FIGURES}
     significance  {over_best_member, over_other}, each None or {name, top1, loss, mcnemar} of `significance.compare`
     shift         None, or what `corruptions.summarise` returns
 
+TEMPERATURE is temperature, by which logits are divided, and temperature_bound: None, or "lower" or "upper" where the
+fit stopped at that end of `calibration.RANGE`, for want of a minimum before it.
 FIGURES are top1, top5, loss, brier, ece, adaptive_ece, per_class. ece and adaptive_ece are fractions; per_class are
 percents by class, None for a class without images.
 """
@@ -28,7 +30,7 @@ from torch import Tensor
 import conas
 from conas.files import write_json, write_text
 from ensemble import metrics
-from ensemble.calibration import apply_temperature
+from ensemble.calibration import apply_temperature, bound
 from ensemble.committee import Committee, span
 from ensemble.diversity import diversity, uncertainty
 from ensemble.fit import Fit
@@ -52,7 +54,7 @@ def evaluate(committee: Committee, checkpoints: Mapping[str, str], fitted: Fit |
     probabilities = softmax(committee.logits)
     members = [{"name": name, "space": scores.space, "epoch": scores.epoch, "seed": scores.seed, "stage": scores.stage,
                 "checkpoint": checkpoints[name], "sha256": scores.checkpoint_sha256, "weight": weight,
-                "temperature": temperature, **measure(p, scores.labels)}
+                **_temperature(temperature), **measure(p, scores.labels)}
                for (name, scores), p, weight, temperature in zip(
                    committee.members.items(), probabilities, committee.weights.tolist(),
                    committee.temperatures.tolist())]
@@ -60,19 +62,34 @@ def evaluate(committee: Committee, checkpoints: Mapping[str, str], fitted: Fit |
     scaled = softmax(committee.logits / committee.temperatures[:, None, None])
     doubt = uncertainty(scaled, committee.weights)
     varied = diversity(answers, committee.labels)
-    ours = {"temperature": committee.temperature, **measure(committee.probabilities, committee.labels),
+    ours = {**_temperature(committee.temperature), **measure(committee.probabilities, committee.labels),
             "diversity": {"disagreement": 100 * varied.disagreement, "q_statistic": varied.q_statistic,
                           "oracle": 100 * varied.oracle},
             "uncertainty": {name: values.mean().item() for name, values in doubt._asdict().items()}}
     if fitted is not None:
         for member, p, own in zip(members, probabilities, fitted.own_temperatures.tolist()):
-            member["calibrated"] = {"temperature": own, **measure(apply_temperature(p, own), committee.labels)}
+            member["calibrated"] = {**_temperature(own), **measure(apply_temperature(p, own), committee.labels)}
         own = fitted.own_temperature
-        ours["calibrated"] = {"temperature": own, **measure(
+        ours["calibrated"] = {**_temperature(own), **measure(
             apply_temperature(committee.probabilities, own / committee.temperature), committee.labels)}
     best = max(members, key=lambda member: (member["top1"], -member["loss"]))
     return {"epoch": max(scores.epoch for scores in committee.members.values()), "members": members, "committee": ours,
             "best_member": best["name"], "gain": ours["top1"] - best["top1"]}
+
+
+def _temperature(value: float) -> dict:
+    return {"temperature": value, "temperature_bound": bound(value)}
+
+
+def bounds_reached(entry: dict) -> list[str]:
+    """A sentence for every temperature in an entry of `epochs` that is an end of its range."""
+    sentences = []
+    for name, figures in [*((m["name"], m) for m in entry["members"]), ("committee", entry["committee"])]:
+        fitted = figures.get("calibrated", figures)
+        if end := fitted.get("temperature_bound"):
+            sentences.append(f"{name}: T = {fitted['temperature']:g} is the {end} bound of the range, not a minimum; "
+                             "its loss on held-out images still falls beyond it")
+    return sentences
 
 
 def assemble(epochs: Sequence[dict], last: Committee, left_out: Mapping[str, Sequence[int]],
@@ -104,14 +121,15 @@ def as_text(report: dict) -> str:
     if report["held_out"]:
         header += ["calibrated: T", "loss", "ECE"]
         for row, (_, f) in zip(rows, figures):
-            row += [f"{f['calibrated']['temperature']:.3f}", f"{f['calibrated']['loss']:.4f}",
-                    f"{f['calibrated']['ece']:.4f}"]
+            row += [f"{f['calibrated']['temperature']:.3f}{' (bound)' * bool(f['calibrated']['temperature_bound'])}",
+                    f"{f['calibrated']['loss']:.4f}", f"{f['calibrated']['ece']:.4f}"]
     if len({member["weight"] for member in last["members"]}) > 1:
         header.append("weight")
         for row, (_, f) in zip(rows, figures):
             row.append(f"{f.get('weight', 1):.3f}")
     alike = len({member["epoch"] for member in last["members"]}) == 1
-    lines += ["", *table([f"epoch {last['epoch']}" if alike else "member", *header], rows), *_evidence(report)]
+    lines += ["", *table([f"epoch {last['epoch']}" if alike else "member", *header], rows), *bounds_reached(last),
+              *_evidence(report)]
     if len(epochs) == 1:
         return "\n".join(lines)
 
@@ -189,13 +207,14 @@ def write(folder: Path, report: dict, last: Committee) -> list[Path]:
     its uncertainty and the members' votes), each whole or not at all. Returns their paths.
     """
     figures = "top1", "top5", "loss", "brier", "ece", "adaptive_ece"
-    lines = [["epoch", "name", *figures, "gain", "weight", "temperature", "checkpoint", "sha256"]]
+    lines = [["epoch", "name", *figures, "gain", "weight", "temperature", "temperature_bound", "checkpoint",
+              "sha256"]]
     for entry in report["epochs"]:
         ours = entry["committee"]
         lines += [[entry["epoch"], m["name"], *(m[key] for key in figures), "", m["weight"], m["temperature"],
-                   m["checkpoint"], m["sha256"]] for m in entry["members"]]
+                   m["temperature_bound"], m["checkpoint"], m["sha256"]] for m in entry["members"]]
         lines.append([entry["epoch"], "committee", *(ours[key] for key in figures), entry["gain"], "",
-                      ours["temperature"], "", ""])
+                      ours["temperature"], ours["temperature_bound"], "", ""])
     matrix = confusion_matrix(last.probabilities, last.labels).tolist()
     write_json(folder / "committee.json", report)
     write_text(folder / "committee.csv", _csv(lines))

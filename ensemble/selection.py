@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 OBJECTIVES = "nll", "accuracy"
+TOLERANCE = 1e-5  # nats by which the NLL of convex weights may be above the lowest
 
 
 @dataclass
@@ -80,19 +81,34 @@ def _extend(sums: tuple[Tensor, Tensor | None], own_N: Tensor, by_class_NK: Tens
     return sums[0] + own_N, by_class_NK.double() if sums[1] is None else sums[1] + by_class_NK
 
 
-def convex_weights(probabilities_PNK: Tensor, labels: Tensor, tolerance: float = 1e-5, steps: int = 2000) -> Tensor:
+def convex_weights(probabilities_PNK: Tensor, labels: Tensor, tolerance: float = TOLERANCE, steps: int = 2000
+                   ) -> Tensor:
     """(P,) float64: weights, at least 0 and with sum 1, whose mean of probabilities has the lowest NLL.
 
     Expectation maximisation: w_p becomes w_p g_p, with g_p = mean_n p_pn / (sum_q w_q p_qn) for the probabilities of
     the labels. The NLL is convex in w and no weights have one lower by more than log(max_p g_p) (Lindsay, 1983), so the
-    steps end once that is below `tolerance` nats, or after `steps`.
+    steps end once that is below `tolerance` nats, or after `steps`: `weights_gap` tells.
     """
-    own_PN = probabilities_PNK.gather(2, labels.expand(probabilities_PNK.shape[:2])[..., None])[..., 0].double()
-    own_PN = own_PN.clamp_min(torch.finfo(torch.float64).tiny)
+    own_PN = _own(probabilities_PNK, labels)
     w = own_PN.new_full((len(own_PN),), 1 / len(own_PN))
     for _ in range(steps):
-        g = own_PN @ (1 / (w @ own_PN)) / own_PN.shape[1]
+        g = _gradient(w, own_PN)
         if g.max().log() < tolerance:
             break
         w = w * g
     return w / w.sum()
+
+
+def weights_gap(weights_P: Tensor, probabilities_PNK: Tensor, labels: Tensor) -> float:
+    """How many nats the NLL of these weights is above the lowest at most: log(max_p g_p) of `convex_weights`."""
+    return _gradient(weights_P, _own(probabilities_PNK, labels)).max().log().item()
+
+
+def _own(probabilities_PNK: Tensor, labels: Tensor) -> Tensor:
+    """(P, N) float64: the probabilities of the labels, none of them 0."""
+    own_PN = probabilities_PNK.gather(2, labels.expand(probabilities_PNK.shape[:2])[..., None])[..., 0].double()
+    return own_PN.clamp_min(torch.finfo(torch.float64).tiny)
+
+
+def _gradient(weights_P: Tensor, own_PN: Tensor) -> Tensor:
+    return own_PN @ (1 / (weights_P @ own_PN)) / own_PN.shape[1]

@@ -7,9 +7,9 @@ import torch
 from conas.errors import InputError
 from ensemble.committee import COMBINATIONS, Committee, weighted_mean
 from ensemble.fit import FITTED, RULES, fit
-from ensemble.metrics import nll
+from ensemble.metrics import nll, softmax
 from ensemble.report import evaluate
-from ensemble.selection import convex_weights
+from ensemble.selection import convex_weights, weights_gap
 from tests.test_committee import make_scores, random_logits
 
 
@@ -99,6 +99,23 @@ def test_weights_are_fitted_on_calibrated_members():
     scaled = torch.stack([s.logits.double() / t for s, t in zip(valid.values(), fitted.temperatures.tolist())])
     torch.testing.assert_close(fitted.weights, convex_weights(scaled.softmax(dim=2), valid["m0"].labels), atol=1e-5,
                                rtol=0)
+
+
+def test_weights_that_did_not_converge_are_called_so():
+    base, labels = pool()["m0"].logits, pool()["m0"].labels
+    noise = 0.01 * random_logits(3, 300, 5)
+    alike = {f"m{i}": make_scores(f"m{i}", 7, logits=base + n, labels=labels, split="valid", fingerprint="valid")
+             for i, n in enumerate(noise)}
+    probabilities = softmax(torch.stack([s.logits for s in alike.values()])).float()
+    weights = convex_weights(probabilities, labels)
+    longer = convex_weights(probabilities, labels, steps=200_000)
+    gap, rest = (weights_gap(w, probabilities, labels) for w in (weights, longer))
+    losses = [nll(weighted_mean(torch.stack([s.logits for s in alike.values()]), w), labels) for w in (weights, longer)]
+    assert gap > 1e-5 > rest and 0 < losses[0] - losses[1] <= gap
+    (said,) = (text for text in fit(alike, "weighted").about["used_for"] if "weights" in text)
+    assert said.startswith(f"3 weights (at most {gap:.1g} nats above the lowest loss")
+    assert "3 weights" not in fit(pool(members=3), "weighted").about["used_for"][0]
+    assert fit(pool(members=3), "weighted").about["used_for"][1] == "3 weights"
 
 
 def test_weights_of_equal_members_are_that_member_exactly_and_in_any_order():

@@ -10,6 +10,8 @@ import torch
 from conas.scores import Scores
 from ensemble import metrics, pictures, report
 from ensemble.committee import Committee
+from ensemble.fit import fit
+from ensemble.page import Page
 
 CLASSES = ["plain", "comma, \"quote\"", "<script>alert(1)</script>", "$x^{$", "ä--日", "a long name " * 5]
 
@@ -51,6 +53,28 @@ def test_evaluate_measures_members_and_committee():
     right = (mean.argmax(dim=1) == committee.labels).double().mean().item()
     assert last["committee"]["top1"] == pytest.approx(100 * right)
     assert last["committee"]["loss"] == pytest.approx(-mean[torch.arange(40), committee.labels].log().mean().item())
+
+
+def test_a_temperature_at_a_bound_is_called_one_everywhere(tmp_path):
+    valid = {f"m{i}": make_scores(f"m{i}", 0, i, split="valid") for i in range(3)}
+    valid["m0"].logits /= -1  # wrong wherever it is sure
+    valid["m1"].logits /= 1000
+    members = {name: dataclasses.replace(scores, split="test", fingerprint="test") for name, scores in valid.items()}
+    fitted = fit(valid, "mean_softmax", temperatures=["members"])
+    committee = fitted.committee(members)
+    entry = report.evaluate(committee, dict.fromkeys(members, "x.pt"), fitted)
+    assert [m["temperature_bound"] for m in entry["members"]] == ["upper", "lower", None]
+    assert [m["calibrated"]["temperature_bound"] for m in entry["members"]] == ["upper", "lower", None]
+    assert entry["committee"]["temperature_bound"] is None
+    summary = report.assemble([entry], committee, {}, fitted)
+    text = report.as_text(summary)
+    assert "100.000 (bound)" in text and "0.010 (bound)" in text and text.count("(bound)") == 2
+    assert "m0: T = 100 is the upper bound" in text and "m1: T = 0.01 is the lower bound" in text
+    page = Page(summary, committee, [], None, None).members()
+    assert "m0: T = 100 is the upper bound" in page and "m2: T" not in page
+    report.write(tmp_path, summary, committee)
+    with open(tmp_path / "committee.csv", encoding="utf-8", newline="") as file:
+        assert [row["temperature_bound"] for row in csv.DictReader(file)] == ["upper", "lower", "", ""]
 
 
 @pytest.mark.parametrize("answers, best, gain", [
