@@ -19,7 +19,8 @@ class DataOptions:
                        "the folder of class folders")
     image_size: int | None = option(None, "resize images to this many pixels (default: the data set's own: 224 for "
                                     "imagenet, 32 for other photographs)", low=8, high=1024)
-    subset: int | None = option(None, "use only this many images of each split, for trial runs", low=2)
+    subset: int | None = option(None, "use only this many of the training images, for trial runs", low=2)
+    test_subset: int | None = option(None, "test on only this many of the test images (default: all)", low=2)
     workers: int = option(2, "processes that decode images, for data sets too large for memory", low=0, high=256)
     skip_bad_images: bool = option(False, SKIP)
 

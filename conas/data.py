@@ -172,8 +172,8 @@ def load(dataset: str, root: str | Path, split: str, image_size: int | None = No
     classes, images, labels = READERS[dataset](Path(root).expanduser(), split)
     if subset is not None:
         if not 1 <= subset <= len(labels):
-            raise InputError(f"--subset {subset}: the {split} split of {dataset} has {len(labels)} images; choose at "
-                             "most as many")
+            raise InputError(f"--{'test_' * (split == 'test')}subset {subset}: the {split} split of {dataset} has "
+                             f"{len(labels)} images; choose at most as many")
         part = subset / len(labels)
         chosen, _ = stratified_split(labels, [part, 1 - part], SPLIT_SEED)
         images, labels = images[chosen], labels[chosen]
@@ -194,6 +194,12 @@ def load(dataset: str, root: str | Path, split: str, image_size: int | None = No
         held = LazyImages(images[good], info.image_size) if isinstance(held, LazyImages) else held[good]
         names, labels = [names[i] for i in good.tolist()], labels[good]
     return ImageSet(info, held, labels, names)
+
+
+def survey(dataset: str, root: str | Path, split: str) -> tuple[tuple[str, ...], int]:
+    """The class names and the number of images of a split, of which no file is decoded. Raises InputError as `load`."""
+    classes, _, labels = READERS[dataset](Path(root).expanduser(), split)
+    return classes, len(labels)
 
 
 def _hold(images: Tensor | ImageFiles, info: DataInfo, skip: bool) -> tuple[Tensor | LazyImages, dict[int, InputError]]:

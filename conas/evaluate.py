@@ -2,6 +2,7 @@
 import csv
 import hashlib
 import io
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from conas import checkpoint as checkpoints
 from conas import distributed
 from conas.cli import find_device, parse
 from conas.config import STAGES, StageOptions, TestOptions
-from conas.data import ImageSet, load
+from conas.data import ImageSet, load, survey
 from conas.errors import InputError
 from conas.files import write_text
 from conas.graphs import ReplayedForward, capture
@@ -77,7 +78,7 @@ def load_images(path: Path, about: dict, data: str | None, split: str, skip_bad_
     if data is None and about["name"] != "digits" and not root.is_dir():
         raise InputError(f"{path}: its images were in {root}, and there is no such folder; name theirs with --data")
     skip = skip_bad_images or about.get("skip_bad_images", False)
-    images = _load(about["name"], root, split, about["image_size"], about["subset"], skip)
+    images = _load(about["name"], root, split, about["image_size"], _subset(about, root, split), skip)
     if list(images.info.classes) != about["classes"]:
         raise InputError(f"{root}: has the classes {', '.join(images.info.classes)}, but {path} was trained on "
                          f"{', '.join(about['classes'])}; name the right folder with --data")
@@ -89,6 +90,30 @@ def load_images(path: Path, about: dict, data: str | None, split: str, skip_bad_
                              "version of Pillow decodes them), so nobody knows which images it has not seen; restore "
                              "them, or name their folder with --data")
     return images
+
+
+def _subset(about: dict, root: Path, split: str) -> int | None:
+    """How many images of a split a checkpoint means; None is all.
+
+    Before there was --test_subset, --subset held for both splits.
+    """
+    subset, test_subset = about["subset"], about.get("test_subset", about["subset"])
+    if split == "train" or test_subset is None:
+        return subset if split == "train" else None
+    return _common_subset(about["name"], root, subset) if test_subset == subset else test_subset
+
+
+@lru_cache(maxsize=2)
+def _common_subset(name: str, root: Path, subset: int) -> int | None:
+    """`subset`, or None, said once, if the test split is smaller: such a run began before there was --test_subset, and
+    could not be tested."""
+    count = survey(name, root, "test")[1]
+    if subset <= count:
+        return subset
+    if distributed.rank() == 0:
+        print(f"--subset {subset}, of a run from before there was --test_subset: there are {count} test images, all of "
+              "which are used", file=sys.stderr)
+    return None
 
 
 def scores_for(space: Space, path: Path, options: TestOptions, split: str = "test") -> Scores:

@@ -95,7 +95,22 @@ class Run:
 
 
 def read_arguments(folder: Path) -> dict:
-    """The arguments of the run in `folder`. Raises InputError if there is none or its args.json is damaged."""
+    """The arguments of the run in `folder`. Raises InputError if there is none or its args.json is damaged.
+
+    A run from before there was --test_subset has the value of --subset, which then held for both splits.
+    """
+    arguments = _stored_arguments(folder)
+    if "subset" in arguments:
+        arguments.setdefault("test_subset", arguments["subset"])
+    return arguments
+
+
+def predates(folder: Path, flag: str) -> bool:
+    """Whether `folder` holds a run that began before there was the flag. Raises InputError for a damaged args.json."""
+    return (folder / "args.json").exists() and flag not in _stored_arguments(folder)
+
+
+def _stored_arguments(folder: Path) -> dict:
     path = folder / "args.json"
     try:
         arguments = read_json(path)["arguments"]

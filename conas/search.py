@@ -30,6 +30,7 @@ from conas.evaluate import validate
 from conas.files import write_json
 from conas.graphs import Replayed, graph_fits, on_device
 from conas.keeper import Keeper, seed_generators
+from conas.preflight import check_data
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, folder_name
 from conas.spaces import Space
@@ -83,6 +84,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
         raise InputError("--hvp exact: first order has no such product; leave it or --no-unrolled out")
     if alphas.hvp == "exact" and processes.sync_bn and distributed.size() > 1:
         raise InputError("--hvp exact: cannot differentiate twice through the sums of --sync_bn; leave one of them out")
+    folder = space.search_folder(folder_name(options.save))
+    data = check_data(folder, data)
     groups = (data, augment, supernet, weights, alphas, options, keep, processes, speed)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
     images = distributed.in_turn(
@@ -105,9 +108,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "subset": data.subset,
              "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": augment.train_portion, "split_seed": augment.split_seed,
-             "skip_bad_images": data.skip_bad_images}
+             "skip_bad_images": data.skip_bad_images, "test_subset": data.test_subset}
 
-    folder = space.search_folder(folder_name(options.save))
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
         board = Board(folder) if options.tensorboard and distributed.rank() == 0 else None
         metrics, unfinished = resume(keeper, space, network, optimizer, architect, about)

@@ -26,6 +26,7 @@ from conas.evaluate import validate
 from conas.genotype import Genotype
 from conas.keeper import Keeper, seed_generators
 from conas.networks import DerivedNetwork, count_parameters
+from conas.preflight import check_data
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.run import Run, best_checkpoint, folder_name
 from conas.spaces import Space
@@ -50,6 +51,8 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     origin = arch.open_origin(shape.init_from) if shape.init_from else None
     genotype, where = arch.choose_cells(space, primitives, named, shape, origin)
     data, shape, recipe = arch.fill_in(data, shape, recipe, origin)
+    folder = space.train_folder(folder_name(options.save))
+    data = check_data(folder, data)
     frequency = options.checkpoint_freq or max(1, round(recipe.epochs / 50))
     groups = (data, shape, recipe, held_out, options, keep, processes)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
@@ -77,10 +80,9 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "crop": crop,
              "subset": data.subset, "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed,
-             "skip_bad_images": data.skip_bad_images}
+             "skip_bad_images": data.skip_bad_images, "test_subset": data.test_subset}
     origin_of_weights += arch.seen_before(origin, about)
-    with Run(space.train_folder(folder_name(options.save)), arguments) as run, \
-            Keeper(run, keep.checkpoint_minutes) as keeper:
+    with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
         metrics, unfinished = resume(keeper, network, optimizer, about)
         begun = unfinished and unfinished["course"]
         start = len(metrics)

@@ -17,7 +17,7 @@ def test_digits_have_the_moments_that_are_stated():
 
 def test_unknown_names_and_sizes_are_refused():
     for flags, message in (({"dataset": "mnist"}, "--dataset mnist"), ({"image_size": 7}, "--image_size 7"),
-                           ({"subset": 451}, "--subset 451"), ({"subset": 0}, "--subset 0")):
+                           ({"subset": 451}, "--test_subset 451"), ({"subset": 0}, "--test_subset 0")):
         with pytest.raises(InputError, match=message):
             load(**({"dataset": "digits", "root": "/", "split": "test"} | flags))
 

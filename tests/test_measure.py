@@ -211,7 +211,7 @@ def test_train_and_test_from_any_folder(trained):
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 1
     done = trained.run("cnn_space1/test.py", "--export", folder / "w.safetensors")
     assert done.returncode == 0, done.stderr
-    for word in ("best.pt: cnn_space1, stage train, epoch 0", "200 test images, 10 classes", "top-1", "top-5", "loss",
+    for word in ("best.pt: cnn_space1, stage train, epoch 0", "450 test images, 10 classes", "top-1", "top-5", "loss",
                  "parameters", "multiply-adds", "images per second", "w.safetensors"):
         assert word in done.stdout
     again = trained.run("cnn_space1/test.py", "--model_path", folder / "w.safetensors", cwd="/")

@@ -80,7 +80,7 @@ def test_scores_of_both_splits(root):
     valid, test = (evaluate.scores_for(space, path, options, split) for split in ("valid", "test"))
     row = metrics(space.train_folder("EXP"))[2]
     assert (valid.top(1), valid.loss()) == pytest.approx((row["valid_top1"], row["valid_loss"]), abs=1e-4)
-    assert (len(valid.labels), len(test.labels)) == (30, 300) and valid.stage == test.stage == "train"
+    assert (len(valid.labels), len(test.labels)) == (30, 450) and valid.stage == test.stage == "train"
     assert evaluate.scores_for(space, path, options).checkpoint_sha256 == checkpoints.sha256(path)
     with pytest.raises(InputError, match=r"written by cnn_space1, not by cnn_space2"):
         evaluate.scores_for(Space("cnn_space2", root / "cnn_space2"), path, replace(options, data="/"))
