@@ -27,6 +27,7 @@ from conas import search as searching
 from conas.cli import find_device, parse
 from conas.data import load
 from conas.graphs import Replayed
+from conas.listing import Listing
 from conas.sources import READERS
 from conas.spaces import Space
 from conas.streams import Stream
@@ -55,7 +56,7 @@ class Clock:
         return run
 
 
-def random_images(root: Path, split: str) -> tuple:
+def random_images(root: Path, split: str, listing: Listing) -> tuple:
     numbers = torch.Generator().manual_seed(0)
     N = IMAGES[split]
     pixels = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8, generator=numbers)

@@ -2,11 +2,11 @@
 import hashlib
 import sys
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from conas import distributed
 from conas.augment import central, normalise, resized
 from conas.errors import InputError, one_line
 from conas.imagefiles import ImageFiles
+from conas.listing import Listing
 from conas.sources import READERS, SPLIT_SEED
 from conas.splits import stratified_split
 
@@ -156,20 +157,24 @@ class _Batches(Dataset):
 
 
 def load(dataset: str, root: str | Path, split: str, image_size: int | None = None, subset: int | None = None,
-         skip_bad_images: bool = False) -> ImageSet:
+         skip_bad_images: bool = False, suffixes: Collection[str] | None = None) -> ImageSet:
     """The split "train" or "test" of a data set in DATASETS, from files below `root`, downloaded if need be.
 
     `image_size` resizes the images; `subset` leaves that many of them, the same ones each time and as near as
     possible the same part of every class. Raises InputError for unknown names, wrong sizes, and for files that
     are missing or damaged. `skip_bad_images` leaves out image files that cannot be read, and lists them on stderr;
-    the others stay in the splits and the order that they would be in.
+    the others stay in the splits and the order that they would be in. `suffixes` are those of files that are images
+    (default: of all formats that can be read here); what is left out is counted on stderr.
     """
     if dataset not in DATASETS:
         raise InputError(f"--dataset {dataset}: unknown; choose from {', '.join(sorted(DATASETS))}")
     if image_size is not None and image_size < 8:
         raise InputError(f"--image_size {image_size}: must be at least 8")
     assert split in ("train", "test"), split
-    classes, images, labels = READERS[dataset](Path(root).expanduser(), split)
+    listing = Listing(suffixes)
+    classes, images, labels = READERS[dataset](Path(root).expanduser(), split, listing)
+    if listing.left_out:
+        _say_once(f"--data {root}: left out {listing}")
     if subset is not None:
         if not 1 <= subset <= len(labels):
             raise InputError(f"--{'test_' * (split == 'test')}subset {subset}: the {split} split of {dataset} has "
@@ -196,9 +201,10 @@ def load(dataset: str, root: str | Path, split: str, image_size: int | None = No
     return ImageSet(info, held, labels, names)
 
 
-def survey(dataset: str, root: str | Path, split: str) -> tuple[tuple[str, ...], int]:
+def survey(dataset: str, root: str | Path, split: str, suffixes: Collection[str] | None = None
+           ) -> tuple[tuple[str, ...], int]:
     """The class names and the number of images of a split, of which no file is decoded. Raises InputError as `load`."""
-    classes, _, labels = READERS[dataset](Path(root).expanduser(), split)
+    classes, _, labels = READERS[dataset](Path(root).expanduser(), split, Listing(suffixes))
     return classes, len(labels)
 
 
@@ -233,6 +239,13 @@ def _hold(images: Tensor | ImageFiles, info: DataInfo, skip: bool) -> tuple[Tens
                       disable=distributed.quiet()):
             pass
     return (lazy if large else held), bad
+
+
+@cache
+def _say_once(text: str) -> None:
+    """Print a line on stderr, if no process of this run has done so before: both splits may be of one folder."""
+    if distributed.says_it_first(text):
+        print(one_line(text), file=sys.stderr)
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from conas.data import ImageSet, load, survey
 from conas.errors import InputError
 from conas.files import write_text
 from conas.graphs import ReplayedForward, capture
+from conas.listing import EARLIER
 from conas.prepared import prepared
 from conas.run import best_checkpoint, folder_name, list_checkpoints
 from conas.scores import Scores, load_scores, save_scores, topk_accuracy
@@ -78,18 +79,24 @@ def load_images(path: Path, about: dict, data: str | None, split: str, skip_bad_
     if data is None and about["name"] != "digits" and not root.is_dir():
         raise InputError(f"{path}: its images were in {root}, and there is no such folder; name theirs with --data")
     skip = skip_bad_images or about.get("skip_bad_images", False)
-    images = _load(about["name"], root, split, about["image_size"], _subset(about, root, split), skip)
+    load_part = partial(_load, about["name"], root, image_size=about["image_size"], skip_bad_images=skip,
+                        suffixes=_suffixes(about))
+    images = load_part(split, subset=_subset(about, root, split))
     if list(images.info.classes) != about["classes"]:
         raise InputError(f"{root}: has the classes {', '.join(images.info.classes)}, but {path} was trained on "
                          f"{', '.join(about['classes'])}; name the right folder with --data")
     if split == "train" or is_split_here(about["name"], root):
-        trained = images if split == "train" else _load(about["name"], root, "train", about["image_size"],
-                                                        about["subset"], skip)
+        trained = images if split == "train" else load_part("train", subset=_subset(about, root, "train"))
         if trained.fingerprint != about["fingerprint"]:
             raise InputError(f"{root}: its training images have changed since {path} was trained on them (or another "
                              "version of Pillow decodes them), so nobody knows which images it has not seen; restore "
                              "them, or name their folder with --data")
     return images
+
+
+def _suffixes(about: dict) -> tuple[str, ...]:
+    """Of the files that were images when the checkpoint was made, so that no image changes its split."""
+    return tuple(about.get("suffixes", EARLIER))
 
 
 def _subset(about: dict, root: Path, split: str) -> int | None:
@@ -100,14 +107,14 @@ def _subset(about: dict, root: Path, split: str) -> int | None:
     subset, test_subset = about["subset"], about.get("test_subset", about["subset"])
     if split == "train" or test_subset is None:
         return subset if split == "train" else None
-    return _common_subset(about["name"], root, subset) if test_subset == subset else test_subset
+    return _common_subset(about["name"], root, subset, _suffixes(about)) if test_subset == subset else test_subset
 
 
 @lru_cache(maxsize=2)
-def _common_subset(name: str, root: Path, subset: int) -> int | None:
+def _common_subset(name: str, root: Path, subset: int, suffixes: tuple[str, ...]) -> int | None:
     """`subset`, or None, said once, if the test split is smaller: such a run began before there was --test_subset, and
     could not be tested."""
-    count = survey(name, root, "test")[1]
+    count = survey(name, root, "test", suffixes)[1]
     if subset <= count:
         return subset
     if distributed.rank() == 0:

@@ -8,7 +8,6 @@ import threading
 import unicodedata
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -18,20 +17,11 @@ from torch import Tensor
 
 from conas.errors import InputError
 from conas.files import check_regular
+from conas.listing import OUTSIDE, Listing, formats
 
-SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp")
-# Pillow knows more, but starts Ghostscript for EPS and unpacks FITS without a limit, whatever the suffix says.
-FORMATS = "AVIF", "BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP"
 PIXELS = 2**27            # in one image; a file of a few bytes can claim any number
 LARGE = 2**24             # images above are decoded two at a time, as each may take half a gigabyte
 _large = threading.Semaphore(2)
-
-
-@cache
-def formats() -> tuple[str, ...]:
-    """Those of FORMATS that this build of Pillow reads."""
-    Image.init()
-    return tuple(name for name in FORMATS if name in Image.OPEN)
 
 
 @dataclass(frozen=True)
@@ -79,23 +69,34 @@ def _square(image: Image.Image, image_size: int) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-def class_folders(root: Path, part: str) -> tuple[tuple[str, ...], ImageFiles, Tensor]:
+def class_folders(root: Path, part: str, listing: Listing | None = None) -> tuple[tuple[str, ...], ImageFiles, Tensor]:
     """The images in the class folders of root/part, at any depth, by class and name; hidden ones do not count.
 
-    `root` and root/part may be links; what is in them may not be, unless it is an image that links to another of the
-    same folder. Raises InputError for others by name, and for too few classes or a class without images.
+    `listing` tells which files are images, and counts the others. `root` and root/part may be links; what is in them
+    may not be, unless it is an image that links to another of the same folder. Raises InputError for others by name,
+    and for too few classes or a class without images, with what is there instead.
     """
-    folders = sorted((entry for entry in _entries(root / part) if _is_class(entry)), key=lambda entry: entry.name)
+    listing = listing or Listing()
+    beside = Listing(listing.suffixes)
+    entries = sorted(_entries(root / part), key=lambda entry: entry.name)
+    folders = [entry for entry in entries if _is_class(entry)]
+    for entry in entries:
+        if not entry.is_dir() and beside.takes(entry.name):
+            beside.leave_out(OUTSIDE, entry.name)
     if len(folders) < 2:
-        raise InputError(f"{root / part}: holds {len(folders)} folders, but needs one folder for each of two or more "
-                         "classes")
+        besides = f" and {beside}" if beside.left_out else ""
+        raise InputError(f"{root / part}: holds {len(folders)} folders{besides}, but needs one folder for each of two "
+                         "or more classes")
+    listing.add(beside)
     inside = {Path(os.path.realpath(folder)) for folder in (root, root / part)}
     names, labels = [], []
     for label, folder in enumerate(folders):
-        found = _images(Path(folder.path), root, inside)
+        own = Listing(listing.suffixes)
+        found = _images(Path(folder.path), root, inside, own)
         if not found:
-            raise InputError(f"{folder.path}: no images in this class folder ({' '.join(SUFFIXES)}); fill it or take "
-                             "it away")
+            only = f"only {own}" if own.left_out else f"which are files with the suffixes {' '.join(own.suffixes)}"
+            raise InputError(f"{folder.path}: no images in this class folder, {only}; fill it or take it away")
+        listing.add(own)
         names += found
         labels += [label] * len(found)
     return tuple(folder.name for folder in folders), ImageFiles(root, names), torch.tensor(labels)
@@ -121,18 +122,18 @@ def _is_class(entry: os.DirEntry) -> bool:
     return True
 
 
-def _images(folder: Path, root: Path, inside: set[Path]) -> list[str]:
+def _images(folder: Path, root: Path, inside: set[Path], listing: Listing) -> list[str]:
     """The names of all images below a folder, relative to `root`, sorted."""
     found, folders = [], [folder]
     while folders:
         for entry in _entries(folders.pop()):
-            is_image = os.path.splitext(entry.name)[1].lower() in SUFFIXES
-            if entry.is_symlink() and (os.path.isdir(entry.path) or
-                                       (is_image and inside.isdisjoint(Path(os.path.realpath(entry.path)).parents))):
+            if entry.is_symlink() and os.path.isdir(entry.path):
                 _refuse(entry)
             if entry.is_dir(follow_symlinks=False):
                 folders.append(Path(entry.path))
-            elif is_image:
+            elif listing.takes(entry.name):
+                if entry.is_symlink() and inside.isdisjoint(Path(os.path.realpath(entry.path)).parents):
+                    _refuse(entry)
                 found.append(Path(entry.path).relative_to(root).as_posix())
     return sorted(found)
 

@@ -20,11 +20,13 @@ import conas
 from conas import distributed
 from conas.errors import InputError
 from conas.files import TEMPORARY, read_json, write_json, write_text
+from conas.listing import EARLIER, readable_suffixes
 
 # Where and how fast a run computes is free to change between two starts; what it computes is not. Which images
 # these are, their fingerprint tells, and not a flag.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
-        "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images", "checkpoint_cells", "cuda_graph"}
+        "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images", "checkpoint_cells", "cuda_graph",
+        "suffixes"}
 OF_A_MACHINE = {"data", "workers"}  # may differ between processes that compute one run together
 
 
@@ -122,6 +124,22 @@ def _stored_arguments(folder: Path) -> dict:
     if not isinstance(arguments, dict):
         raise InputError(f"{path}: damaged; its arguments are not an object")
     return arguments
+
+
+def suffixes_of(folder: Path) -> list[str]:
+    """Of the files that count as images in the run in `folder`; in a new run, of all formats that can be read here.
+
+    Processes of one run get what the first of them finds. Raises InputError for a damaged args.json.
+    """
+    def find() -> list[str]:
+        if not (folder / "args.json").exists():
+            return list(readable_suffixes())
+        found = read_arguments(folder).get("suffixes", list(EARLIER))
+        if not (isinstance(found, list) and found and all(isinstance(suffix, str) for suffix in found)):
+            raise InputError(f"{folder / 'args.json'}: damaged; its suffixes are not a list of texts")
+        return found
+
+    return distributed.from_first(find)
 
 
 def _compare(folder: Path, before: dict, now: dict) -> None:

@@ -32,7 +32,7 @@ from conas.graphs import Replayed, graph_fits, on_device
 from conas.keeper import Keeper, seed_generators
 from conas.preflight import check_data
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
-from conas.run import Run, folder_name
+from conas.run import Run, folder_name, suffixes_of
 from conas.spaces import Space
 from conas.speed import checkpointed, compile_cells, find_precision, set_tf32
 from conas.streams import Stream, stratified_split
@@ -85,12 +85,13 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     if alphas.hvp == "exact" and processes.sync_bn and distributed.size() > 1:
         raise InputError("--hvp exact: cannot differentiate twice through the sums of --sync_bn; leave one of them out")
     folder = space.search_folder(folder_name(options.save))
-    data = check_data(folder, data)
+    suffixes = suffixes_of(folder)
+    data = check_data(folder, data, suffixes)
     groups = (data, augment, supernet, weights, alphas, options, keep, processes, speed)
-    arguments = {name: value for group in groups for name, value in asdict(group).items()}
+    arguments = {name: value for group in groups for name, value in asdict(group).items()} | {"suffixes": suffixes}
     images = distributed.in_turn(
         lambda: load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset,
-                     skip_bad_images=data.skip_bad_images))
+                     skip_bad_images=data.skip_bad_images, suffixes=suffixes))
     halves = stratified_split(images.labels, [augment.train_portion, 1 - augment.train_portion], augment.split_seed)
     cutout = augment.cutout_length if augment.cutout else 0
     train, valid = (
@@ -108,7 +109,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "subset": data.subset,
              "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": augment.train_portion, "split_seed": augment.split_seed,
-             "skip_bad_images": data.skip_bad_images, "test_subset": data.test_subset}
+             "skip_bad_images": data.skip_bad_images, "test_subset": data.test_subset,
+             "suffixes": suffixes}
 
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
         board = Board(folder) if options.tensorboard and distributed.rank() == 0 else None

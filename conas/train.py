@@ -28,7 +28,7 @@ from conas.keeper import Keeper, seed_generators
 from conas.networks import DerivedNetwork, count_parameters
 from conas.preflight import check_data
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
-from conas.run import Run, best_checkpoint, folder_name
+from conas.run import Run, best_checkpoint, folder_name, suffixes_of
 from conas.spaces import Space
 from conas.speed import compiler_works, find_precision
 from conas.splits import generator, stratified_split
@@ -52,16 +52,17 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     genotype, where = arch.choose_cells(space, primitives, named, shape, origin)
     data, shape, recipe = arch.fill_in(data, shape, recipe, origin)
     folder = space.train_folder(folder_name(options.save))
-    data = check_data(folder, data)
+    suffixes = suffixes_of(folder)
+    data = check_data(folder, data, suffixes)
     frequency = options.checkpoint_freq or max(1, round(recipe.epochs / 50))
     groups = (data, shape, recipe, held_out, options, keep, processes)
-    arguments = {name: value for group in groups for name, value in asdict(group).items()}
+    arguments = {name: value for group in groups for name, value in asdict(group).items()} | {"suffixes": suffixes}
 
     crop = data.image_size if shape.recipe == "imagenet" else None
     loaded_size = photographs.canvas(crop) if crop else data.image_size
     images = distributed.in_turn(
         lambda: load(data.dataset, data.data, "train", image_size=loaded_size, subset=data.subset,
-                     skip_bad_images=data.skip_bad_images))
+                     skip_bad_images=data.skip_bad_images, suffixes=suffixes))
     parts = split(images.labels, held_out)
     stream = Stream(images, parts[0], recipe.batch_size, name="training", seed=options.seed, device=device, crop=crop,
                     cutout_length=recipe.cutout_length if recipe.cutout else 0, drop_last=True, workers=data.workers)
@@ -80,7 +81,8 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "crop": crop,
              "subset": data.subset, "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed,
-             "skip_bad_images": data.skip_bad_images, "test_subset": data.test_subset}
+             "skip_bad_images": data.skip_bad_images, "test_subset": data.test_subset,
+             "suffixes": suffixes}
     origin_of_weights += arch.seen_before(origin, about)
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
         metrics, unfinished = resume(keeper, network, optimizer, about)

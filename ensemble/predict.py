@@ -8,6 +8,7 @@ in nats: the entropy of the committee's answer, and the part of it that is disag
 """
 import csv
 import io
+import os
 import sys
 import time
 import warnings
@@ -23,7 +24,8 @@ from torch import Tensor
 from conas.cli import Parser, find_device, run
 from conas.errors import InputError, one_line
 from conas.files import write_json, write_text
-from conas.imagefiles import ImageFiles, formats
+from conas.imagefiles import ImageFiles
+from conas.listing import IRREGULAR, Listing
 from conas.run import folder_name
 from ensemble.diversity import entropy, uncertainty
 from ensemble.network import CommitteeNetwork, load_committee
@@ -32,21 +34,32 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def find_images(paths: Sequence[str]) -> list[str]:
-    """The files among `paths`, and in the folders among them, at any depth, those whose suffix belongs to an image.
+    """The files among `paths`, and the images in the folders among them, at any depth, as training finds them.
 
-    Raises InputError for a folder without images.
+    What is left out of a folder is counted on stderr. Raises InputError for a folder without images.
     """
-    suffixes = {suffix for suffix, name in Image.registered_extensions().items() if name in formats()}
     found = []
     for path in map(Path, paths):
         if not path.is_dir():
             found.append(str(path))
             continue
-        inside = sorted(str(file) for file in path.rglob("*") if file.suffix.lower() in suffixes and file.is_file()
-                        and not file.name.startswith("."))
+        listing, inside = Listing(), []
+        for parent, folders, files in os.walk(path):
+            folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in files:
+                if name.startswith(".") or not listing.takes(name):
+                    continue
+                if os.path.isfile(os.path.join(parent, name)):
+                    inside.append(os.path.join(parent, name))
+                else:
+                    listing.leave_out(IRREGULAR, name)
         if not inside:
-            raise InputError(f"{path}: no images in this folder")
-        found += inside
+            only = f"only {listing}" if listing.left_out else "which are files with the suffixes " \
+                f"{' '.join(listing.suffixes)}"
+            raise InputError(f"{path}: no images in this folder, {only}")
+        if listing.left_out:
+            print(one_line(f"{path}: left out {listing}"), file=sys.stderr)
+        found += sorted(inside)
     return found
 
 

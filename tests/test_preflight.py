@@ -93,10 +93,10 @@ def test_an_old_subset_that_no_test_split_has_means_all_test_images(tmp_path, ca
 def test_a_missing_test_split_is_named_before_training_images_are_read(tmp_path, monkeypatch):
     reader = sources.READERS["digits"]
 
-    def broken(root, split):
+    def broken(root, split, listing):
         if split == "test":
             raise InputError("no test images here")
-        return reader(root, split)
+        return reader(root, split, listing)
 
     monkeypatch.setitem(sources.READERS, "digits", broken)
     with pytest.raises(InputError, match="no test images here"):

@@ -20,6 +20,7 @@ import conas.data
 import conas.sources
 from conas.data import load
 from conas.errors import InputError
+from conas.listing import Listing
 
 RNG = np.random.default_rng(0)
 
@@ -194,7 +195,7 @@ def test_the_jpeg_copy_of_cifar10_is_whole_and_in_its_class_order_or_refused(tmp
                 os.link(root / part / name / "0000.jpg", root / part / name / f"{i:04}.jpg")
     for where in (tmp_path, root):
         for split, count in (("train", 5000), ("test", 1000)):
-            classes, files, labels = conas.sources.READERS["cifar10_jpeg"](where, split)
+            classes, files, labels = conas.sources.READERS["cifar10_jpeg"](where, split, Listing())
             assert list(classes) == names and torch.bincount(labels).tolist() == [count] * 10
             assert all(Path(name).parent.name == classes[y] for name, y in zip(files.names, labels))
     info = conas.data.DATASETS["cifar10_jpeg"]
