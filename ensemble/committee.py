@@ -10,6 +10,7 @@ from torch import Tensor
 from conas.errors import InputError
 from conas.scores import Scores
 from ensemble.calibration import apply_temperature
+from ensemble.diversity import weighted_sum
 from ensemble.metrics import softmax
 
 
@@ -43,6 +44,7 @@ def majority_vote(logits_MBC: Tensor) -> Tensor:
     """(B, C) float64: each member votes for its best class; `mean_softmax` joins as one more, divided vote.
 
     That vote decides between classes with equally many others, and orders those with none; it can overturn no majority.
+    A member whose best classes are tied votes for the first of them.
     """
     votes_BC = torch.nn.functional.one_hot(logits_MBC.argmax(dim=2), logits_MBC.shape[2]).sum(dim=0)
     return (votes_BC + mean_softmax(logits_MBC)) / (len(logits_MBC) + 1)
@@ -50,10 +52,7 @@ def majority_vote(logits_MBC: Tensor) -> Tensor:
 
 def weighted_mean(logits_MBC: Tensor, weights_M: Tensor) -> Tensor:
     """(B, C) float64: softmax over the classes for each member, then the mean by weights that sum to 1."""
-    probabilities_MBC = softmax(logits_MBC)
-    least_BC = probabilities_MBC.amin(dim=0)  # as in `_mean`: exact for equal members, and in any order of them
-    shares_MBC = weights_M.double()[:, None, None] * (probabilities_MBC - least_BC)
-    return least_BC + shares_MBC.sort(dim=0).values.sum(dim=0)
+    return weighted_sum(softmax(logits_MBC), weights_M.double())
 
 
 def _mean(values_MBC: Tensor) -> Tensor:

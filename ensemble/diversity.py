@@ -50,12 +50,23 @@ def diversity(answers_MB: Tensor, labels: Tensor) -> Diversity:
 def uncertainty(probabilities_MBC: Tensor, weights_M: Tensor | None = None) -> Uncertainty:
     """Entropy of the (weighted) mean of the members' probabilities, its part that every member has by itself (noise
     in the images), and its part that comes from their differing (ignorance of the networks). Depeweg et al., 2018.
+
+    To the last bit the same in any order of the members; equal members have no mutual information at all.
     """
     p = probabilities_MBC.double()
     w = p.new_full((len(p),), 1 / len(p)) if weights_M is None else weights_M.to(p)
-    total = entropy(torch.einsum("m,mbc->bc", w, p))
-    expected = w @ entropy(p)
+    total, expected = entropy(weighted_sum(p, w)), weighted_sum(entropy(p), w)
     return Uncertainty(total, expected, (total - expected).clamp_min(0))  # no less than 0 but for rounding
+
+
+def weighted_sum(values: Tensor, weights_M: Tensor) -> Tensor:
+    """The sum over members of `values` (M, ...) by weights that sum to 1, all float64.
+
+    To the last bit the same in any order of the members, and the members' own value where all agree.
+    """
+    least = values.amin(dim=0)
+    shares = weights_M.view(-1, *[1] * least.dim()) * (values - least)
+    return least + shares.sort(dim=0).values.sum(dim=0)
 
 
 def entropy(probabilities: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def fit(pool: Mapping[str, Scores], combination: str, *, size: int = 10, width: 
         logits = logits / scaled[:, None, None]
     used_for, path, weights = ["the choice of the best member"], [], None
     if combination in FITTED:
-        probabilities = softmax(logits).float()
+        by_name = sorted(range(len(names)), key=names.__getitem__)  # so that the order of the pool decides nothing
+        probabilities = softmax(logits[by_name]).float()
         if combination == "weighted":
             weights = convex_weights(probabilities, labels)
             gap = weights_gap(weights, probabilities, labels)
@@ -79,6 +80,7 @@ def fit(pool: Mapping[str, Scores], combination: str, *, size: int = 10, width: 
             weights, path = selection.weights(len(names)), selection.path
             used_for.append(f"the selection of {len(selection.members)} members, {len(set(selection.members))} of them "
                             f"different, from {len(names)}")
+        weights = weights[torch.tensor(by_name).argsort()]
     kept = torch.arange(len(names)) if combination not in ("greedy", "beam") else weights.nonzero()[:, 0]
     chosen = [names[i] for i in kept]
     weights, scaled = (values if values is None else values[kept] for values in (weights, scaled))
@@ -97,5 +99,5 @@ def fit(pool: Mapping[str, Scores], combination: str, *, size: int = 10, width: 
 
 
 def best_member(pool: Mapping[str, Scores]) -> str:
-    """The candidate that is most often right; the one of lowest NLL among equals."""
-    return max(pool, key=lambda name: (pool[name].top(1), -nll(softmax(pool[name].logits), pool[name].labels)))
+    """The candidate that is most often right; of equals the one of lowest NLL, and then the first by name."""
+    return min(pool, key=lambda name: (-pool[name].top(1), nll(softmax(pool[name].logits), pool[name].labels), name))

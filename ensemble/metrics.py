@@ -8,8 +8,11 @@ from torch import Tensor
 
 from conas.scores import topk_accuracy
 
-__all__ = ["adaptive_ece", "brier", "confusion_matrix", "ece", "nll", "per_class_accuracy", "softmax",
+__all__ = ["adaptive_ece", "bin_numbers", "brier", "confusion_matrix", "ece", "nll", "per_class_accuracy", "softmax",
            "topk_accuracy"]
+
+
+ROUNDING = 2.0**-40  # confidences that differ by less are equal
 
 
 def softmax(logits: Tensor) -> Tensor:
@@ -39,20 +42,39 @@ def ece(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
 
     Confidence is the largest p_nk; bin b of B holds those in ((b-1)/B, b/B]. Guo et al., 2017, equation 3.
     """
-    gap, confidence = _overconfidence(probabilities, labels)
-    edges = torch.arange(1, bins, dtype=torch.float64, device=gap.device) / bins
-    sums = gap.new_zeros(bins).index_add(0, torch.bucketize(confidence, edges), gap)
+    gap, confidence = _by_confidence(*_overconfidence(probabilities, labels))
+    sums = gap.new_zeros(bins).index_add(0, bin_numbers(confidence, bins), gap)
     return (sums.abs().sum() / len(gap)).item()
+
+
+def bin_numbers(confidence: Tensor, bins: int) -> Tensor:
+    """(N,) int64: of B bins of equal width, the one that each confidence (N,) is in, from 0; edges are of the lower."""
+    edges = torch.arange(1, bins, dtype=torch.float64, device=confidence.device) / bins
+    return torch.bucketize(confidence.double(), edges + ROUNDING)
 
 
 def adaptive_ece(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
     """The sum of `ece` over bins of equal size: images by confidence, cut into `bins` parts that differ by at most one.
 
-    Equal confidences keep the order of their images. Nguyen and O'Connor, 2015; Mukhoti et al., 2020.
+    Images of equal confidence share their gap evenly, wherever a cut divides them. So each part holds what it would
+    hold on average over all their orders, and the order of the images does not matter. Nguyen and O'Connor, 2015;
+    Mukhoti et al., 2020.
     """
-    gap, confidence = _overconfidence(probabilities, labels)
-    parts = gap[confidence.argsort(stable=True)].tensor_split(bins)
-    return (torch.stack([part.sum() for part in parts]).abs().sum() / len(gap)).item()
+    gap, _ = _by_confidence(*_overconfidence(probabilities, labels))
+    return (torch.stack([part.sum() for part in gap.tensor_split(bins)]).abs().sum() / len(gap)).item()
+
+
+def _by_confidence(gap: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
+    """Both (N,) by ascending confidence; the gaps of equal confidences are replaced by their mean.
+
+    The result is the same, to the last bit, for any order of the images.
+    """
+    order = gap.argsort()
+    order = order[confidence[order].argsort(stable=True)]
+    gap, confidence = gap[order], confidence[order]
+    group = torch.cat([order.new_zeros(1), (confidence.diff() > ROUNDING).cumsum(0)])
+    sums = gap.new_zeros(len(gap)).index_add(0, group, gap)
+    return (sums / torch.bincount(group, minlength=len(gap)))[group], confidence
 
 
 def _overconfidence(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

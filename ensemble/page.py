@@ -11,7 +11,7 @@ from conas.data import ImageSet
 from ensemble import svg
 from ensemble.committee import Committee
 from ensemble.diversity import uncertainty
-from ensemble.metrics import confusion_matrix
+from ensemble.metrics import bin_numbers, confusion_matrix
 from ensemble.report import bounds_reached
 from ensemble.searches import Search
 from ensemble.sprites import choose, sprite
@@ -252,8 +252,7 @@ def _gain(over: str, test: dict) -> tuple[str, str, str]:
 def bins(probabilities: Tensor, labels: Tensor, count: int = BINS) -> list[tuple[int, float, float]]:
     """Number of images, mean confidence and accuracy in each of `count` equally wide bins of confidence."""
     confidence, answers = probabilities.double().max(dim=1)
-    edges = torch.arange(1, count, dtype=torch.float64) / count
-    where, right = torch.bucketize(confidence, edges), (answers == labels).double()
+    where, right = bin_numbers(confidence, count), (answers == labels).double()
     sums = [torch.bincount(where, weights, count) for weights in (None, confidence, right)]
     return [(int(n), (c / max(n, 1)).item(), (r / max(n, 1)).item()) for n, c, r in zip(*sums)]
 

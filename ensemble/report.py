@@ -8,7 +8,8 @@ A report is a plain dict, ready for JSON; accuracies are in percent, gains in pe
                   members are {name, space, epoch, seed, stage, checkpoint, sha256, weight, TEMPERATURE, FIGURES},
                   checkpoint relative to the root,
                   committee is {TEMPERATURE, FIGURES, diversity, uncertainty},
-                  and best_member is the one with the highest top-1 on the test images
+                  and best_member is the one with the highest top-1 on the test images, of equals the one with the
+                  lowest loss, and then the first by name
     held_out      None, or what the held-out images did: {images, fingerprint, pool, used_for, path, best_member};
                   then members and committee of the last epoch have `calibrated`: {TEMPERATURE, FIGURES}
     significance  {over_best_member, over_other}, each None or {name, top1, loss, mcnemar} of `significance.compare`
@@ -72,7 +73,7 @@ def evaluate(committee: Committee, checkpoints: Mapping[str, str], fitted: Fit |
         own = fitted.own_temperature
         ours["calibrated"] = {**_temperature(own), **measure(
             apply_temperature(committee.probabilities, own / committee.temperature), committee.labels)}
-    best = max(members, key=lambda member: (member["top1"], -member["loss"]))
+    best = min(members, key=lambda member: (-member["top1"], member["loss"], member["name"]))
     return {"epoch": max(scores.epoch for scores in committee.members.values()), "members": members, "committee": ours,
             "best_member": best["name"], "gain": ours["top1"] - best["top1"]}
 

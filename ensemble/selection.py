@@ -27,8 +27,9 @@ def greedy(probabilities_PNK: Tensor, labels: Tensor, size: int, objective: str 
     """Ensemble selection with replacement: Caruana et al., 2004, section 2.
 
     Starting from nothing, each step adds the candidate, old or new, with which the mean of probabilities scores best;
-    the best of the first `size` committees wins, the smaller of equals. Their start with the best N candidates and
-    their bags of candidates are left out: both guard against overfitting small held-out sets, and ours are large.
+    the best of the first `size` committees wins, the smaller of equals, and of equal candidates the first. Their start
+    with the best N candidates and their bags of candidates are left out: both guard against overfitting small held-out
+    sets, and ours are large.
     """
     return beam(probabilities_PNK, labels, size, 1, objective)
 

@@ -30,9 +30,10 @@ def bootstrap(values: Tensor, samples: int = SAMPLES, level: float = 0.95, seed:
     """The mean of per-image `values` (N,) and its percentile bootstrap interval. Efron and Tibshirani, 1993.
 
     Pairing two classifiers means giving their differences image by image. A resample of N images is a multinomial
-    count of the values that occur: differences of right and wrong have three, and need no list of images.
+    count of the values that occur: differences of right and wrong have three, and need no list of images. Values are
+    sorted first, so that the interval is the same for any order of the images.
     """
-    values = values.double().cpu().numpy()
+    values = np.sort(values.double().cpu().numpy())
     N, random = len(values), np.random.default_rng(seed)
     distinct, counts = np.unique(values, return_counts=True)
     if len(distinct) <= 64:

@@ -65,3 +65,15 @@ def test_certain_members_that_differ_are_all_mutual_information():
     assert found.total.item() == found.mutual_information.item() == pytest.approx(0.693147, abs=1e-6)
     assert found.expected.item() == 0
     assert uncertainty(torch.eye(2)[:1, None, :]).total.item() == 0
+
+
+@pytest.mark.parametrize("weights", [None, [0.5, 0.3, 0.15, 0.05]])
+def test_uncertainty_is_the_same_in_any_order_of_the_members_and_nothing_between_equal_ones(weights):
+    p = torch.randn(4, 50, 6, generator=torch.Generator().manual_seed(2)).double().softmax(dim=2)
+    w = None if weights is None else torch.tensor(weights, dtype=torch.float64)
+    first = uncertainty(p, w)
+    for order in itertools.permutations(range(4)):
+        other = uncertainty(p[list(order)], None if w is None else w[list(order)])
+        assert all(torch.equal(a, b) for a, b in zip(first, other))
+    same = uncertainty(p[:1].expand(4, -1, -1), w)
+    assert (same.mutual_information == 0).all() and torch.equal(same.total, uncertainty(p[:1]).total)

@@ -67,6 +67,21 @@ def test_the_best_member_is_the_best_on_held_out_images():
     assert fit(unsure, "mean_softmax").best_member == lowest != max(unsure, key=lambda name: unsure[name].loss())
 
 
+@pytest.mark.parametrize("combination", RULES)
+def test_the_order_of_the_pool_decides_nothing(combination):
+    """Of two members that are twins, the first by name is taken, wherever they stand."""
+    valid = pool()
+    valid["twin"] = dataclasses.replace(valid["m3"])
+    for temperatures in ([], ["members", "committee"]):
+        fits = [fit({name: valid[name] for name in order}, combination, size=5, temperatures=temperatures)
+                for order in (list(valid), list(valid)[::-1], ["m1", "twin", "m0", "m3", "m2"])]
+        assert {f.best_member for f in fits} == {"m3"}
+        for f in fits:
+            assert dict(zip(f.members, (f.weights if f.weights is not None else torch.ones(5)).tolist())) == dict(
+                zip(fits[0].members, (fits[0].weights if fits[0].weights is not None else torch.ones(5)).tolist()))
+            assert torch.equal(f.committee(valid).probabilities, fits[0].committee(valid).probabilities)
+
+
 def test_plain_rules_take_the_whole_pool_and_fit_nothing_but_figures():
     valid = pool()
     for combination in COMBINATIONS:

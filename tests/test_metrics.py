@@ -1,4 +1,5 @@
 """Metrics against scikit-learn, torchmetrics and cases worked out by hand."""
+import itertools
 import math
 
 import numpy as np
@@ -108,3 +109,61 @@ def test_per_class_accuracy_of_an_absent_class_is_nan():
     first, second = metrics.per_class_accuracy(torch.tensor([[0.9, 0.1]]), torch.tensor([0])).tolist()
     assert first == 1
     assert math.isnan(second)
+
+
+def tied(N=450, levels=5, seed=0):
+    """Probabilities (N, 3) of few distinct confidences, and labels that they miss often, sorted by class."""
+    generator = torch.Generator().manual_seed(seed)
+    sure = 0.4 + 0.1 * torch.randint(levels, (N,), generator=generator).double()
+    rest = (1 - sure) / 2
+    labels = torch.randint(3, (N,), generator=generator).sort().values
+    said = torch.where(torch.rand(N, generator=generator) < 0.6, labels, (labels + 1) % 3)
+    return rest[:, None].expand(-1, 3).scatter(1, said[:, None], sure[:, None]), labels
+
+
+def orders(N, count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.arange(N), torch.arange(N).flip(0), *(torch.randperm(N, generator=generator) for _ in range(count))]
+
+
+@pytest.mark.parametrize("measure", [metrics.adaptive_ece, metrics.ece, lambda p, y: metrics.ece(p, y, 10)])
+@pytest.mark.parametrize("probabilities, labels", [
+    tied(), tied(levels=1), tied(N=20, levels=2), (torch.full((60, 4), 0.25), torch.arange(60) % 4),
+    (torch.randn(300, 10, generator=torch.Generator().manual_seed(0)).softmax(dim=1), torch.arange(300) % 10)])
+def test_calibration_errors_are_equal_for_all_orders_of_the_images(measure, probabilities, labels):
+    assert len({measure(probabilities[order], labels[order]) for order in orders(len(labels), 50)}) == 1
+
+
+def test_adaptive_ece_of_ties_is_that_of_bins_averaged_over_all_orders():
+    """By brute force: 7 images of 3 confidences in 3 bins, every order, the bins cut anew each time."""
+    sure = np.array([0.9, 0.6, 0.6, 0.6, 0.6, 0.7, 0.6])
+    right = np.array([True, True, False, True, True, False, False])
+    sums = []
+    for order in itertools.permutations(range(7)):
+        ranked = sorted(order, key=lambda i: sure[i])
+        sums.append([sum(sure[i] - right[i] for i in part) for part in np.array_split(ranked, 3)])
+    expected = np.abs(np.mean(sums, axis=0)).sum() / 7
+    assert len({np.abs(row).sum().round(9) for row in sums}) > 1  # the order of ties mattered
+    probabilities = torch.tensor(np.stack([sure, 1 - sure], axis=1))
+    found = metrics.adaptive_ece(probabilities, torch.tensor(~right).long(), bins=3)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_confidences_that_differ_by_rounding_are_equal():
+    """Softmax sums in the order of the classes, so that equal logits in another order may differ in the last bit."""
+    rows = torch.tensor(list(itertools.permutations([2.0, 0.3, -1.0, 0.7])), dtype=torch.float64)
+    probabilities = metrics.softmax(rows.repeat(20, 1))
+    labels = torch.where(torch.arange(480) % 3 == 0, probabilities.argmax(dim=1), (probabilities.argmax(dim=1) + 1) % 4)
+    sure = probabilities.amax(dim=1)
+    assert len(set(sure.tolist())) > 1 and sure.std() < 1e-15
+    expected = abs(sure.mean().item() - 1 / 3)  # one group: all bins alike
+    assert metrics.adaptive_ece(probabilities, labels) == pytest.approx(expected, rel=1e-9)
+    assert metrics.ece(probabilities, labels) == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_confidence_at_an_edge_is_in_the_lower_bin_however_it_was_rounded():
+    for edge in torch.arange(1, 15, dtype=torch.float64) / 15:
+        around = torch.stack([edge, edge.nextafter(edge + 1), edge.nextafter(edge - 1)])
+        assert len(set(metrics.bin_numbers(around, 15).tolist())) == 1
+        assert metrics.bin_numbers(edge[None], 15).item() == round(15 * edge.item()) - 1
+        assert metrics.bin_numbers(edge[None] + 1e-9, 15).item() == round(15 * edge.item())

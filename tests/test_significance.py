@@ -56,6 +56,14 @@ def test_the_interval_is_the_same_each_time():
     assert bootstrap(values, 1000, seed=5) == bootstrap(values, 1000, seed=5) != bootstrap(values, 1000, seed=6)
 
 
+@pytest.mark.parametrize("kind", ["discrete", "continuous"])
+def test_the_interval_is_the_same_for_any_order_of_the_images(kind):
+    values, _ = make_values(kind, 300, np.random.default_rng(4))
+    orders = [torch.arange(300).flip(0), values.argsort(), *(torch.from_numpy(np.random.default_rng(i).permutation(300))
+                                                           for i in range(5))]
+    assert {bootstrap(values[order], 500) for order in orders} == {bootstrap(values, 500)}
+
+
 def test_no_gain_has_no_width():
     assert bootstrap(torch.zeros(50)) == (0, 0, 0)
 
