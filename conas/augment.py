@@ -3,6 +3,9 @@
 Draws are made on the CPU and applied on the device of the images, so that every device sees the same batch; nothing
 here waits for the device.
 """
+import re
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -63,3 +66,17 @@ def cutout(x: Tensor, draws: Tensor, length: int) -> Tensor:
     line = torch.arange(x.shape[-1], device=x.device)
     inside = (line >= begin[..., None]) & (line < begin[..., None] + length)  # (N, 2, S)
     return x.masked_fill_((inside[:, 0, :, None] & inside[:, 1, None, :])[:, None], 0)
+
+
+def least_visible(image_size: int, length: int, shifted: bool = True) -> float:
+    """The part of an image's pixels that Cutout leaves in the worst of all draws, where they are hidden by a square of
+    `length` pixels and, if `shifted`, moved out of the picture by the random crop."""
+    left = image_size - padding(image_size) * shifted  # rows and columns that the crop leaves
+    return (left**2 - min(length, left)**2) / image_size**2
+
+
+def mirrored_classes(classes: Sequence[str]) -> tuple[str, str] | None:
+    """The first class called left and the first other one called right, whose images a flip turns into each other."""
+    words = {name: {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)} for name in classes}
+    pairs = ((a, b) for a in classes if "left" in words[a] for b in classes if a != b and "right" in words[b])
+    return next(pairs, None)

@@ -1,6 +1,8 @@
 """The flags of the scripts, by group. Names and defaults are those of DARTS unless their help says otherwise."""
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 from conas import distributed
 from conas.cli import option
@@ -26,11 +28,31 @@ class DataOptions:
 
 
 @dataclass
-class AugmentOptions:
-    """augmentation and split"""
+class Augmentation:
+    """augmentation"""
 
     cutout: bool = option(False, "blank a square of every training image")
-    cutout_length: int = option(16, "side of that square in pixels", low=1)
+    cutout_length: int | None = option(None, "side of that square in pixels (default: half an image's, the paper's 16 "
+                                       "of 32)", low=1)
+    flip: bool | None = option(None, "mirror every second training image, left to right (default: but for digits and "
+                               "svhn, whose mirror images are no digits)")
+
+    def decided(self, data: DataOptions, before: Mapping[str, object]) -> Self:
+        """These options with nothing left open: as in `before`, the arguments a run began with, or else by the images.
+
+        The length stays None without `cutout`, so that it never tells runs apart that it has no part in.
+        """
+        info = DATASETS[data.dataset]
+        defaults = {"cutout_length": (data.image_size or info.image_size) // 2, "flip": info.flip}
+        decided = {name: before[name] if type(before.get(name)) is type(default) else default
+                   for name, default in defaults.items() if getattr(self, name) is None}
+        return replace(self, **decided | ({} if self.cutout else {"cutout_length": None}))
+
+
+@dataclass
+class AugmentOptions(Augmentation):
+    """augmentation and split"""
+
     train_portion: float = option(0.5, "part of the training images that trains weights; the rest trains alphas",
                                   low=0.0, high=1.0)
     split_seed: int = option(0, "of that split; equal for all members of a committee, so that it can be fitted on "
@@ -154,7 +176,7 @@ class NetworkOptions:
 
 
 @dataclass
-class RecipeOptions:
+class RecipeOptions(Augmentation):
     """recipe: SGD, and what keeps large networks from overfitting"""
 
     epochs: int | None = recipe_option("epochs", "passes over the training images", low=1)
@@ -170,8 +192,6 @@ class RecipeOptions:
                                                low=0.0, high=1.0)
     drop_path_prob: float | None = recipe_option("drop_path_prob", "probability to lose an edge, rising from 0 to this",
                                                  low=0.0, high=0.99)
-    cutout: bool = option(False, "blank a square of every training image")
-    cutout_length: int = option(16, "side of that square in pixels", low=1)
 
 
 @dataclass

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import conas
 from conas import distributed
+from conas.data import DATASETS
 from conas.errors import InputError
 from conas.files import TEMPORARY, read_json, write_json, write_text
 from conas.listing import EARLIER, readable_suffixes
@@ -96,14 +97,24 @@ class Run:
         return self.folder / kind / f"epoch_{epoch:03d}{suffix}"
 
 
+def begun_with(folder: Path) -> dict:
+    """`read_arguments` of the first process, on all; {} before the run's first start."""
+    return distributed.from_first(lambda: read_arguments(folder) if (folder / "args.json").exists() else {})
+
+
 def read_arguments(folder: Path) -> dict:
     """The arguments of the run in `folder`. Raises InputError if there is none or its args.json is damaged.
 
-    A run from before there was --test_subset has the value of --subset, which then held for both splits.
+    A run from before there was --test_subset has the value of --subset, which then held for both splits, and one from
+    before there was --flip that of its data set. A --cutout_length that no --cutout uses is None.
     """
     arguments = _stored_arguments(folder)
     if "subset" in arguments:
         arguments.setdefault("test_subset", arguments["subset"])
+    dataset = arguments.get("dataset")
+    if isinstance(dataset, str) and dataset in DATASETS:  # else a text
+        arguments.setdefault("flip", DATASETS[dataset].flip)
+        arguments["cutout_length"] = arguments.get("cutout_length") if arguments.get("cutout") else None
     return arguments
 
 

@@ -32,7 +32,7 @@ from conas.graphs import Replayed, graph_fits, on_device
 from conas.keeper import Keeper, seed_generators
 from conas.preflight import check_data
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
-from conas.run import Run, folder_name, suffixes_of
+from conas.run import Run, begun_with, folder_name, suffixes_of
 from conas.spaces import Space
 from conas.speed import checkpointed, compile_cells, find_precision, set_tf32
 from conas.streams import Stream, stratified_split
@@ -87,16 +87,17 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     folder = space.search_folder(folder_name(options.save))
     suffixes = suffixes_of(folder)
     data = check_data(folder, data, suffixes)
+    augment = augment.decided(data, begun_with(folder))
     groups = (data, augment, supernet, weights, alphas, options, keep, processes, speed)
     arguments = {name: value for group in groups for name, value in asdict(group).items()} | {"suffixes": suffixes}
     images = distributed.in_turn(
         lambda: load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset,
                      skip_bad_images=data.skip_bad_images, suffixes=suffixes))
     halves = stratified_split(images.labels, [augment.train_portion, 1 - augment.train_portion], augment.split_seed)
-    cutout = augment.cutout_length if augment.cutout else 0
     train, valid = (
-        Stream(images, half, weights.batch_size, name=name, seed=options.seed, device=device, cutout_length=cutout,
-               drop_last=name == "alphas", workers=data.workers) for name, half in zip(("weights", "alphas"), halves))
+        Stream(images, half, weights.batch_size, name=name, seed=options.seed, device=device, flip=augment.flip,
+               cutout_length=augment.cutout_length or 0, drop_last=name == "alphas", workers=data.workers)
+        for name, half in zip(("weights", "alphas"), halves))
 
     seed_generators(options.seed)
     network = space.network(supernet.init_channels, images.info.num_classes, supernet.layers, images.info.channels)
@@ -131,6 +132,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                 f"{images.info.num_classes} classes; epochs {start} to {weights.epochs - 1} on {device}"
                 f"{' in bfloat16, alphas in float32' if amp else ''}{resumed(start, begun)}")
 
+        for warning in train.warnings():
+            run.log(warning)
         skip = keep.on_nan == "skip"
 
         def iterate(train_batch: Batch, valid_batch: Batch, lr: Tensor | float) -> tuple[Tensor, Tensor] | None:

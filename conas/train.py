@@ -28,7 +28,7 @@ from conas.keeper import Keeper, seed_generators
 from conas.networks import DerivedNetwork, count_parameters
 from conas.preflight import check_data
 from conas.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
-from conas.run import Run, best_checkpoint, folder_name, suffixes_of
+from conas.run import Run, begun_with, best_checkpoint, folder_name, suffixes_of
 from conas.spaces import Space
 from conas.speed import compiler_works, find_precision
 from conas.splits import generator, stratified_split
@@ -54,6 +54,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     folder = space.train_folder(folder_name(options.save))
     suffixes = suffixes_of(folder)
     data = check_data(folder, data, suffixes)
+    recipe = recipe.decided(data, begun_with(folder))
     frequency = options.checkpoint_freq or max(1, round(recipe.epochs / 50))
     groups = (data, shape, recipe, held_out, options, keep, processes)
     arguments = {name: value for group in groups for name, value in asdict(group).items()} | {"suffixes": suffixes}
@@ -65,7 +66,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
                      skip_bad_images=data.skip_bad_images, suffixes=suffixes))
     parts = split(images.labels, held_out)
     stream = Stream(images, parts[0], recipe.batch_size, name="training", seed=options.seed, device=device, crop=crop,
-                    cutout_length=recipe.cutout_length if recipe.cutout else 0, drop_last=True, workers=data.workers)
+                    flip=recipe.flip, cutout_length=recipe.cutout_length or 0, drop_last=True, workers=data.workers)
 
     seed_generators(options.seed)
     network = arch.build(shape.recipe, shape.init_channels, shape.layers, shape.auxiliary, images.info,
@@ -96,6 +97,8 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
         run.log(f"{data.dataset}: {len(parts[0])} images to train on, {len(parts[1])} held out, "
                 f"{images.info.num_classes} classes; epochs {start} to {recipe.epochs - 1} on {device}"
                 f"{' in bfloat16' if amp else ''}{resumed(start, begun)}")
+        for warning in stream.warnings():
+            run.log(warning)
 
         forward = torch.compile(network) if options.compile and compiler_works(device, run) else network
         batches = stream.batches(start * stream.steps + (begun["step"] if begun else 0))

@@ -211,6 +211,10 @@ def test_the_data_block_is_json_and_cannot_end_early(report):
     assert data["classes"] == sorted(HOSTILE) and "<" not in block
 
 
+def test_whether_training_images_were_mirrored_is_said(report):
+    assert f"<tr><th scope=row>--flip</th>{3 * '<td>True</td>'}</tr>" in report.read_text()
+
+
 def test_corruption_curves(report):
     summary, committee = html.stored_committee(report.parent.parent, "EXP")
     names = ["committee", "cnn_space1", "cnn_space2", "cnn_space3"]

@@ -167,7 +167,7 @@ def test_the_global_random_numbers_are_left_alone(monkeypatch, limit):
     monkeypatch.setattr(conas.data, "MEMORY_LIMIT", limit)
     images = load("digits", "/", "test")
     before = torch.get_rng_state()
-    list(islice(stream(images).batches(), 3))
+    list(islice(stream(images, cutout_length=4).batches(), 3))
     list(islice(images.batches(100, "cpu"), 2))
     assert torch.equal(torch.get_rng_state(), before)
 
