@@ -55,7 +55,7 @@ test: .venv/.dev
 
 # Kill a search and a training at every place that matters and start them again: about ten minutes.
 torture: .venv/.dev
-	$(BIN)/python -m tests.crash
+	$(BIN)/python -m tests.helpers.crash
 
 lint: .venv/.dev
 	$(BIN)/ruff check .

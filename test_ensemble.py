@@ -21,19 +21,20 @@ from tqdm import tqdm
 
 from conas import cli, distributed
 from conas.cli import option
-from conas.config import STAGES, TestOptions
+from conas.commands.scoring import run_folder, scores_for_all
+from conas.darts.space import Space, discover
 from conas.errors import InputError
-from conas.evaluate import run_folder, scores_for_all
-from conas.run import list_checkpoints
-from conas.scores import Scores
-from conas.spaces import Space, discover
-from ensemble import html, language, pictures, report
-from ensemble.committee import Committee, common_epochs
-from ensemble.fit import FITTED, RULES, Fit, fit
-from ensemble.metrics import confusion_matrix, softmax
-from ensemble.selection import OBJECTIVES
-from ensemble.shift import measure_shift
-from ensemble.significance import compare
+from conas.runs.folder import list_checkpoints
+from conas.runs.options import STAGES, TestOptions
+from conas.runs.scores import Scores
+from ensemble import language
+from ensemble.combine.committee import Committee, common_epochs
+from ensemble.combine.fit import FITTED, RULES, Fit, fit
+from ensemble.combine.selection import OBJECTIVES
+from ensemble.measure.metrics import confusion_matrix, softmax
+from ensemble.measure.shift import measure_shift
+from ensemble.measure.significance import compare
+from ensemble.report import html, pictures, report
 
 ROOT = Path(__file__).resolve().parent
 Pool = dict[str, tuple[Space, Path]]  # checkpoints by the name that reports give them

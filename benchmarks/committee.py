@@ -11,12 +11,12 @@ import time
 
 import torch
 
-from conas.scores import Scores
-from ensemble import report
-from ensemble.committee import Committee
-from ensemble.fit import fit
-from ensemble.metrics import softmax
-from ensemble.significance import SAMPLES, compare
+from conas.runs.scores import Scores
+from ensemble.combine.committee import Committee
+from ensemble.combine.fit import fit
+from ensemble.measure.metrics import softmax
+from ensemble.measure.significance import SAMPLES, compare
+from ensemble.report import report
 
 SPACES = "cnn_space1", "cnn_space2", "cnn_space3"
 

@@ -4,10 +4,10 @@ from importlib import import_module
 import torch
 
 from benchmarks import textbook
-from conas.config import WeightOptions
-from conas.graphs import WARM_UP, Replayed, ReplayedForward, on_device
-from conas.prepared import prepared
-from conas.search import weight_optimizer, weight_step
+from conas.commands.search import weight_optimizer, weight_step
+from conas.engine.cuda_graph import WARM_UP, Replayed, ReplayedForward, on_device
+from conas.engine.inference import prepared
+from conas.runs.options import WeightOptions
 
 RECIPE = WeightOptions()
 

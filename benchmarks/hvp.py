@@ -21,9 +21,9 @@ from torch.overrides import TorchFunctionMode
 from benchmarks.machine import machine, several, spread, write
 from cnn_space1.architect import Architect
 from cnn_space1.model_search import Network
-from conas.config import ROOT
-from conas.draw import defaults, save_figure
-from conas.fused import twice_differentiable
+from conas.draw.cell import defaults, save_figure
+from conas.engine.manual_grad import twice_differentiable
+from conas.runs.options import ROOT
 
 RADII = [10.0 ** -k for k in range(6)]
 SMALL = {"C": 4, "layers": 3}, (6, 3, 12, 12)

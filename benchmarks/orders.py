@@ -18,10 +18,10 @@ import torch
 
 from benchmarks.machine import RESULTS, machine, write
 from conas.cli import parse
-from conas.config import ROOT, TestOptions
-from conas.evaluate import scores_for
-from conas.search import GROUPS, search
-from conas.spaces import Space
+from conas.commands.scoring import scores_for
+from conas.commands.search import GROUPS, search
+from conas.darts.space import Space
+from conas.runs.options import ROOT, TestOptions
 
 ORDERS = {"first": ["--no-unrolled"], "difference": [], "exact": ["--hvp", "exact"]}
 FLAGS = "--dataset digits --init_channels 4 --layers 3 --batch_size 64 --device cpu --arch_learning_rate 0.003"

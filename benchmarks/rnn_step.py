@@ -21,9 +21,9 @@ from torch import nn
 from benchmarks import textbook_rnn
 from benchmarks.machine import machine, several, spread, write
 from conas.cli import find_device
-from conas.language import draw_masks, weight_optimizer, weight_step
-from conas.language_options import DropoutOptions
-from conas.recurrent import RecurrentNetwork, TextBatch
+from conas.recurrent.model import RecurrentNetwork, TextBatch
+from conas.recurrent.options import DropoutOptions
+from conas.recurrent.steps import draw_masks, weight_optimizer, weight_step
 from rnn.architect import Architect
 from rnn.genotypes import DARTS_V2, PRIMITIVES
 from rnn.model_search import Network

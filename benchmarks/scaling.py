@@ -33,7 +33,7 @@ from cnn_space1.architect import Architect
 from cnn_space1.model_search import Network
 from conas import distributed
 from conas.cli import find_device
-from conas.search import weight_step
+from conas.commands.search import weight_step
 
 XI = 0.025
 

@@ -23,14 +23,14 @@ import torch
 from benchmarks.machine import RESULTS, machine, write
 from cnn_space1.architect import Architect
 from cnn_space1.model_search import Network
-from conas import search as searching
 from conas.cli import find_device, parse
-from conas.data import load
-from conas.graphs import Replayed
-from conas.listing import Listing
-from conas.sources import READERS
-from conas.spaces import Space
-from conas.streams import Stream
+from conas.commands import search as searching
+from conas.darts.space import Space
+from conas.data.batches import Stream
+from conas.data.images import load
+from conas.data.listing import Listing
+from conas.data.sources import READERS
+from conas.engine.cuda_graph import Replayed
 
 IMAGES = {"train": 50_000, "test": 10_000}
 

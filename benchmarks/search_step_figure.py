@@ -2,8 +2,8 @@
 from pathlib import Path
 
 from benchmarks.counts import ROOT
-from conas.draw import INK, defaults, save_figure
-from ensemble.pictures import COLOURS, RULE, STYLE
+from conas.draw.cell import INK, defaults, save_figure
+from ensemble.report.pictures import COLOURS, RULE, STYLE
 
 WORKS = {"architect": "architect step", "weights": "weight step", "iteration": "iteration", "evaluation": "evaluation"}
 

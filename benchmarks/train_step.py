@@ -22,15 +22,15 @@ from torchvision import transforms
 
 from benchmarks.machine import machine, several, spread, write
 from conas.cli import find_device
-from conas.config import RecipeOptions
-from conas.data import DATASETS, DataInfo, ImageSet
-from conas.networks import NetworkCIFAR
-from conas.operations import DepthwiseConv2d
-from conas.progress import Course
-from conas.published import GENOTYPES
-from conas.speed import find_precision
-from conas.streams import Stream
-from conas.train import train_step
+from conas.commands.train import train_step
+from conas.darts.derived import NetworkCIFAR
+from conas.darts.operations import DepthwiseConv2d
+from conas.darts.published import GENOTYPES
+from conas.data.batches import Stream
+from conas.data.images import DATASETS, DataInfo, ImageSet
+from conas.engine.precision import find_precision
+from conas.runs.options import RecipeOptions
+from conas.runs.progress import Course
 
 AUXILIARY_WEIGHT, DROP_PATH, CUTOUT = 0.4, 0.2, 16
 RECIPE = RecipeOptions(learning_rate=0.025, weight_decay=3e-4, label_smooth=0.0)

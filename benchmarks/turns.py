@@ -15,8 +15,8 @@ import torch
 
 from benchmarks.contestant import Contestant, iterate
 from benchmarks.counts import ROOT, flops, operator_calls, peak_memory
+from conas.engine.precision import set_tf32
 from conas.memory import keep_freed_memory
-from conas.speed import set_tf32
 
 
 class Player:

@@ -9,7 +9,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE.parent))  # the repository, so that a bare clone runs from any folder
 
-from conas import cli, measure
+from conas import cli
+from conas.commands import test as measure
 
 PAPER = measure.Published("imagenet", "imagenet", {"top1_error": 26.7, "top5_error": 8.7, "parameters": 4.7e6},
                           images=50_000, classes=1000)

@@ -1,5 +1,5 @@
 """Space 1: all eight primitives of DARTS."""
-from conas.genotype import Genotype  # noqa: F401  a printed `Genotype(...)` line can be pasted below
+from conas.darts.genotype import Genotype  # noqa: F401  a printed `Genotype(...)` line can be pasted below
 
 PRIMITIVES = (
     "none",

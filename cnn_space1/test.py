@@ -12,7 +12,8 @@ sys.path.insert(1, str(HERE.parent))  # the repository, so that a bare clone run
 
 from model_search import Network
 
-from conas import cli, measure
+from conas import cli
+from conas.commands import test as measure
 
 if __name__ == "__main__":
     sys.exit(cli.run(lambda: measure.main(HERE, Network, __doc__)))

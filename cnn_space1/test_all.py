@@ -12,7 +12,8 @@ sys.path.insert(1, str(HERE.parent))  # the repository, so that a bare clone run
 
 from model_search import Network
 
-from conas import cli, evaluate
+from conas import cli
+from conas.commands import scoring as evaluate
 
 if __name__ == "__main__":
     sys.exit(cli.run(lambda: evaluate.main(HERE, Network, __doc__)))

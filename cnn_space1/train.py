@@ -12,7 +12,8 @@ sys.path.insert(1, str(HERE.parent))  # the repository, so that a bare clone run
 
 import genotypes
 
-from conas import cli, train
+from conas import cli
+from conas.commands import train
 
 if __name__ == "__main__":
     sys.exit(cli.run(lambda: train.main(HERE, genotypes, __doc__)))

@@ -1,9 +1,9 @@
 """How this space updates its alphas: second-order DARTS, arXiv:1806.09055, equations 6 to 8."""
-from conas.architect import Bilevel
+from conas.darts.architect import Bilevel
 
 
 class Architect(Bilevel):
-    """Terms, names and signs are those of `conas/architect.py`; each line below is one of them."""
+    """Terms, names and signs are those of `conas/darts/architect.py`; each line below is one of them."""
 
     def hypergradient(self, train, valid, xi):
         w, v, mu, decay = self.weights(), self.velocity(), self.momentum, self.weight_decay

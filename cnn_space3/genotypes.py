@@ -1,5 +1,5 @@
 """Space 3: the 5x5 convolutions only."""
-from conas.genotype import Genotype  # noqa: F401  a printed `Genotype(...)` line can be pasted below
+from conas.darts.genotype import Genotype  # noqa: F401  a printed `Genotype(...)` line can be pasted below
 
 PRIMITIVES = (
     "none",

@@ -1,5 +1,5 @@
 """The supernet of this space."""
-from conas.supernet import Supernet
+from conas.darts.supernet import Supernet
 
 if "." in __name__:  # imported from the root, as a module of this folder
     from .genotypes import PRIMITIVES

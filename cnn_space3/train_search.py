@@ -12,7 +12,8 @@ sys.path.insert(1, str(HERE.parent))  # the repository, so that a bare clone run
 from architect import Architect
 from model_search import Network
 
-from conas import cli, search
+from conas import cli
+from conas.commands import search
 
 if __name__ == "__main__":
     sys.exit(cli.run(lambda: search.main(HERE, Network, Architect, __doc__)))

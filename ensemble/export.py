@@ -18,11 +18,11 @@ from torch import Tensor
 
 import conas
 from conas.cli import Parser, run
+from conas.commands.scoring import load_images, predict
 from conas.errors import InputError
-from conas.evaluate import load_images, predict
 from conas.files import atomic_path
-from conas.run import folder_name
-from ensemble.network import CommitteeNetwork, load_committee
+from conas.runs.folder import folder_name
+from ensemble.combine.network import CommitteeNetwork, load_committee
 
 ROOT = Path(__file__).resolve().parent.parent
 ABOUT = "committee.json"

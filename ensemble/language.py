@@ -10,13 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from conas import checkpoint as checkpoints
 from conas.errors import InputError
 from conas.files import write_json
-from conas.language import perplexity
-from conas.language_files import restore
-from conas.recurrent import LanguageModel, TextBatch
-from conas.text import Corpus, Text, load_corpus
+from conas.recurrent.files import restore
+from conas.recurrent.model import LanguageModel, TextBatch
+from conas.recurrent.steps import perplexity
+from conas.recurrent.text import Corpus, Text, load_corpus
+from conas.runs import checkpoint as checkpoints
 
 
 def open_members(paths: Mapping[str, Path], data: str | None) -> tuple[dict[str, LanguageModel], Corpus]:

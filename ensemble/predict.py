@@ -22,13 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 from conas.cli import Parser, find_device, run
+from conas.data.imagefiles import ImageFiles
+from conas.data.listing import IRREGULAR, Listing
 from conas.errors import InputError, one_line
 from conas.files import write_json, write_text
-from conas.imagefiles import ImageFiles
-from conas.listing import IRREGULAR, Listing
-from conas.run import folder_name
-from ensemble.diversity import entropy, uncertainty
-from ensemble.network import CommitteeNetwork, load_committee
+from conas.runs.folder import folder_name
+from ensemble.combine.network import CommitteeNetwork, load_committee
+from ensemble.measure.diversity import entropy, uncertainty
 
 ROOT = Path(__file__).resolve().parent.parent
 

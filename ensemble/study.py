@@ -21,17 +21,17 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from conas import cli
-from conas.checkpoint import load, restore
 from conas.cli import option
-from conas.config import TestOptions
-from conas.data import DATASETS
+from conas.commands.scoring import scores_for
+from conas.darts.space import Space, discover
+from conas.data.images import DATASETS
 from conas.errors import InputError
-from conas.evaluate import scores_for
 from conas.files import read_json, write_json
-from conas.run import FREE, folder_name, list_checkpoints, read_arguments
-from conas.scores import Scores
-from conas.spaces import Space, discover
-from ensemble.comparison import as_text, compare_groups
+from conas.runs.checkpoint import load, restore
+from conas.runs.folder import FREE, folder_name, list_checkpoints, read_arguments
+from conas.runs.options import TestOptions
+from conas.runs.scores import Scores
+from ensemble.study_statistics import as_text, compare_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"search": "train_search.py", "train": "train.py"}

@@ -1,10 +1,10 @@
 """How the alphas of recurrent cells are updated: second-order DARTS, arXiv:1806.09055, equations 6 to 8, clipped."""
-from conas.language import LanguageBilevel
+from conas.recurrent.steps import LanguageBilevel
 
 
 class Architect(LanguageBilevel):
-    """Terms, names and signs are those of `conas/architect.py`; there is no momentum, and both gradients of the weights
-    are clipped: `clip` gives a gradient and the factor k that it was shortened by.
+    """Terms, names and signs are those of `conas/darts/architect.py`; there is no momentum, and both gradients of the
+    weights are clipped: `clip` gives a gradient and the factor k that it was shortened by.
 
     As in the published code, whose figures these are, `moving` is 0 for the words' embedding: the virtual step leaves
     it where it is, since that code writes the old matrix back through the decoder that shares it.

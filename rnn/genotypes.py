@@ -5,7 +5,7 @@ DARTS_V1   first order, arXiv:1806.09055
 DARTS_V2   second order, arXiv:1806.09055; the cell of the published checkpoint
 DARTS      DARTS_V2
 """
-from conas.recurrent_genotype import Genotype
+from conas.recurrent.genotype import Genotype
 
 PRIMITIVES = (
     "none",

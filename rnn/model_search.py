@@ -1,5 +1,5 @@
 """The supernet of recurrent cells."""
-from conas.recurrent import RecurrentSupernet
+from conas.recurrent.model import RecurrentSupernet
 
 if "." in __name__:  # imported from the root, as a module of this folder
     from .genotypes import PRIMITIVES

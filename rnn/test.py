@@ -13,7 +13,8 @@ sys.path.insert(1, str(HERE.parent))  # the repository, so that a bare clone run
 import genotypes
 from model_search import Network
 
-from conas import cli, language_test
+from conas import cli
+from conas.recurrent import test as language_test
 
 if __name__ == "__main__":
     sys.exit(cli.run(lambda: language_test.main(HERE, Network, genotypes, __doc__)))

@@ -12,7 +12,8 @@ sys.path.insert(1, str(HERE.parent))  # the repository, so that a bare clone run
 
 import genotypes
 
-from conas import cli, language_train
+from conas import cli
+from conas.recurrent import train as language_train
 
 if __name__ == "__main__":
     sys.exit(cli.run(lambda: language_train.main(HERE, genotypes, __doc__)))

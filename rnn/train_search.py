@@ -13,7 +13,8 @@ sys.path.insert(1, str(HERE.parent))  # the repository, so that a bare clone run
 from architect import Architect
 from model_search import Network
 
-from conas import cli, language_search
+from conas import cli
+from conas.recurrent import search as language_search
 
 if __name__ == "__main__":
     sys.exit(cli.run(lambda: language_search.main(HERE, Network, Architect, __doc__)))

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launch import start
+from tests.helpers.launch import start
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
@@ -24,7 +24,7 @@ class Clone:
             ) -> subprocess.CompletedProcess:
         """Run a script, by default from its own folder, as the README says, or `-m` and a module, from the root.
 
-        `settings` are those of tests/launch.py.
+        `settings` are those of tests/helpers/launch.py.
         """
         path = self.root / script
         cwd = path.parent if cwd is None else cwd

@@ -1,0 +1,160 @@
+"""Which network is trained: its cells, by name or from a file, its size, and the weights that it begins with."""
+import difflib
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from conas.darts import genotype as genotypes
+from conas.darts.derived import DerivedNetwork, NetworkCIFAR, NetworkImageNet
+from conas.darts.genotype import Genotype
+from conas.darts.operations import OPERATIONS
+from conas.darts.published import GENOTYPES
+from conas.darts.space import Space
+from conas.data.images import DATASETS, DataInfo
+from conas.errors import InputError
+from conas.runs import checkpoint as checkpoints
+from conas.runs.folder import folder_name
+from conas.runs.options import PHOTOGRAPHS, RECIPES, DataOptions, NetworkOptions, RecipeOptions
+
+REPLACEABLE = ("stem.0.", "classifier.", "auxiliary_head.")  # what depends on image channels, classes and --auxiliary
+
+
+def named_genotypes(module) -> dict[str, Genotype]:
+    """The published genotypes and those of a `genotypes.py`, by name; its own win."""
+    return GENOTYPES | {name: value for name, value in vars(module).items() if isinstance(value, Genotype)}
+
+
+def find_genotype(arch: str, named: Mapping[str, Genotype]) -> Genotype:
+    """The genotype that `--arch` means. Raises InputError, with names that are near, if there is none."""
+    if arch in named:
+        return genotypes.check(named[arch], f"--arch {arch}", OPERATIONS)
+    if arch.endswith(".json"):
+        return genotypes.load(arch, OPERATIONS)
+    by_lower = {name.lower(): name for name in named}
+    near = [by_lower[name] for name in difflib.get_close_matches(arch.lower(), by_lower, 2, 0.5)] or sorted(named)
+    raise InputError(f"--arch {arch}: unknown; did you mean {' or '.join(near)}? A file must end in .json")
+
+
+def found_genotype(space: Space, search: str) -> tuple[Genotype, Path]:
+    """The cells that the space's search called `search` has found, and the file that holds them."""
+    path = space.search_folder(search) / "genotype.json"
+    if not path.exists():
+        raise InputError(f"{path}: no such file; start train_search.py there first, or name another search with "
+                         "--search, or cells with --arch")
+    return genotypes.load(path, OPERATIONS), path
+
+
+def check_operations(genotype: Genotype, where: str, primitives: Collection[str]) -> None:
+    """Raise InputError if the genotype uses operations that are not among a space's primitives."""
+    used = {operation for operation, _ in [*genotype.normal, *genotype.reduce]}
+    if foreign := sorted(used - set(primitives)):
+        raise InputError(f"{where}: uses {', '.join(foreign)}, which this space does not search over; give --any_ops "
+                         "to train it here all the same")
+
+
+@dataclass
+class Origin:
+    """Weights that were trained elsewhere, and the checkpoint that describes them; published files have none."""
+
+    path: str
+    state: dict[str, Tensor]
+    checkpoint: dict | None
+
+    @property
+    def genotype(self) -> Genotype | None:
+        """The cells, if they are known."""
+        return self.checkpoint and genotypes.from_json(self.checkpoint["genotype"], self.path, OPERATIONS)
+
+
+def open_origin(path: str) -> Origin:
+    """The weights in a checkpoint of train.py, a .safetensors file or a published file."""
+    content = checkpoints.read(path)
+    if not checkpoints.is_ours(content):
+        return Origin(path, checkpoints.published_state(path, content), None)
+    checkpoint = checkpoints.check(path, content)
+    checkpoints.restore_derived(path, checkpoint)
+    return Origin(path, checkpoint["state"], checkpoint)
+
+
+def choose_cells(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype], shape: NetworkOptions,
+                 origin: Origin | None) -> tuple[Genotype, str]:
+    """The cells to train, and where they come from in words. Raises InputError for those that may not be trained."""
+    there = origin.genotype if origin else None
+    if shape.arch is not None:
+        genotype, where = find_genotype(shape.arch, named), f"--arch {shape.arch}"
+        if there is not None and genotypes.to_json(there) != genotypes.to_json(genotype):
+            raise InputError(f"--init_from {origin.path}: was trained with other cells than {where}; without --arch, "
+                             "its own are taken")
+    elif there is not None:
+        genotype, where = there, origin.path
+    else:
+        genotype, path = found_genotype(space, folder_name(shape.search, "--search"))
+        where = path.relative_to(space.folder).as_posix()
+    if not shape.any_ops:
+        check_operations(genotype, where, primitives)
+    return genotype, where
+
+
+def fill_in(data: DataOptions, shape: NetworkOptions, recipe: RecipeOptions, origin: Origin | None
+            ) -> tuple[DataOptions, NetworkOptions, RecipeOptions]:
+    """The options with all that was left open decided by the data, the recipe and the network to begin from."""
+    size = data.image_size or DATASETS[data.dataset].image_size
+    kind = shape.recipe or ("imagenet" if data.dataset in PHOTOGRAPHS and size >= 128 else "cifar")
+    defaults = dict(RECIPES[kind])
+    if origin and origin.checkpoint:
+        there = origin.checkpoint["network"]
+        if there["kind"] != kind:
+            raise InputError(f"--init_from {origin.path}: is a network of the recipe {there['kind']}, but this would "
+                             f"be one of {kind}; give --recipe {there['kind']}, or begin from another")
+        defaults |= {"init_channels": there["C"], "layers": there["layers"]}
+    shape, recipe = (replace(group, **{k: v for k, v in defaults.items() if getattr(group, k, "absent") is None})
+                     for group in (shape, recipe))
+    return replace(data, image_size=size), replace(shape, recipe=kind), recipe
+
+
+def build(recipe: str, C: int, layers: int, auxiliary: bool, info: DataInfo, image_size: int, genotype: Genotype
+          ) -> DerivedNetwork:
+    """The network of a recipe for a data set. Raises InputError for images that it cannot take."""
+    if recipe == "cifar":
+        return NetworkCIFAR(C, info.num_classes, layers, auxiliary, genotype, info.channels, image_size)
+    if info.channels != 3:
+        raise InputError(f"--recipe imagenet: is for colour images, but those of {info.name} are grey; give --recipe "
+                         "cifar")
+    return NetworkImageNet(C, info.num_classes, layers, auxiliary, genotype, image_size)
+
+
+def begin_from(network: DerivedNetwork, origin: Origin) -> str:
+    """Load all weights that fit, and say what was not loaded.
+
+    Only the stem's first convolution, for other channels, and the classifiers, for other classes, may not fit. Raises
+    InputError if more does not.
+    """
+    own = network.state_dict()
+    fits = {name for name in own.keys() & origin.state.keys() if own[name].shape == origin.state[name].shape}
+    new = [name for name in own if name not in fits and not name.endswith("num_batches_tracked")]
+    unused = [name for name in origin.state if name not in fits]
+    if wrong := [name for name in [*new, *unused] if not name.startswith(REPLACEABLE)]:
+        raise InputError(f"--init_from {origin.path}: is a network of other cells, or of another --init_channels or "
+                         f"--layers; {wrong[0]} does not fit, nor do {len(set(wrong)) - 1} other tensors")
+    network.load_state_dict({name: origin.state[name] for name in fits}, strict=False)
+    return (f"{len(fits)} tensors loaded from {origin.path}; initialised anew: {_modules(new)}; "
+            f"there but not loaded: {_modules(unused)}")
+
+
+def seen_before(origin: Origin | None, about: dict) -> str:
+    """What to add to the log if an origin's weights may have been trained on images that a run holds out.
+
+    `about` describes the images of the run, as its checkpoints do.
+    """
+    there = origin.checkpoint["dataset"] if origin and origin.checkpoint else about
+    if about["train_portion"] == 1 or any(there[name] != about[name] for name in ("name", "classes")) or all(
+            there.get(name) == about[name] for name in ("fingerprint", "train_portion", "split_seed")):
+        return ""
+    return ("; it was trained on another part of this data set, or the set has changed since, so that it may have seen "
+            "images that are held out now, and their figures may flatter")
+
+
+def _modules(names: list[str]) -> str:
+    return ", ".join(dict.fromkeys(name.rpartition(".")[0] for name in names)) or "nothing"

@@ -1,0 +1,257 @@
+"""Test checkpoints: logits of every test image, stored beside the checkpoint that gave them."""
+import csv
+import hashlib
+import io
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache, partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from tqdm import tqdm
+
+from conas import distributed
+from conas.cli import find_device, parse
+from conas.darts.space import Space
+from conas.data.images import ImageSet, load, survey
+from conas.data.listing import EARLIER
+from conas.data.sources import is_split_here
+from conas.data.splits import stratified_split
+from conas.engine.cuda_graph import ReplayedForward, capture
+from conas.engine.inference import prepared
+from conas.errors import InputError
+from conas.files import write_text
+from conas.runs import checkpoint as checkpoints
+from conas.runs.folder import best_checkpoint, folder_name, list_checkpoints
+from conas.runs.options import STAGES, StageOptions, TestOptions
+from conas.runs.scores import Scores, load_scores, save_scores, topk_accuracy
+
+TOGETHER = 8  # networks in memory at a time
+MANY = 8  # batches from which on it pays to record a graph
+
+
+def predict(network: nn.Module, images: ImageSet, batch_size: int, device: torch.device,
+            indices: Tensor | None = None, workers: int = 0, crop: int | None = None) -> Tensor:
+    """Logits (N, K), float32 on the CPU, of a network in evaluation mode, for all images or those of `indices`.
+
+    `crop` is the side of the central square that the network looks at (default: all of the image). Several processes
+    call it alike: each computes the logits of its part of the images, and all get all of them.
+    """
+    return predict_all([network], images, batch_size, device, indices, workers, crop)[0]
+
+
+@torch.inference_mode()
+def predict_all(networks: Sequence[nn.Module], images: ImageSet, batch_size: int, device: torch.device,
+                indices: Tensor | None = None, workers: int = 0, crop: int | None = None) -> list[Tensor]:
+    """The logits of several networks, each as of `predict`, from one pass over the images."""
+    networks = [prepared(network.to(device)) for network in networks]
+    indices = torch.arange(len(images)) if indices is None else indices
+    own = indices[distributed.part(len(indices))]
+    batches = tqdm(images.batches(batch_size, device, own, workers, crop) if len(own) else (), desc="images",
+                   unit="batch", delay=3, total=-(-len(own) // batch_size), leave=False, disable=distributed.quiet())
+    if device.type == "cuda" and len(own) >= MANY * batch_size:
+        memory = torch.cuda.graph_pool_handle()  # one for all: they take turns
+        networks = [ReplayedForward(network, device, partial(capture, pool=memory)) for network in networks]
+    logits = [[network(x).float() for network in networks] for x, _ in batches]
+    parts = distributed.gather([torch.cat(of_one).cpu() for of_one in zip(*logits)])
+    return [torch.cat(of_one) for of_one in zip(*filter(None, parts))]
+
+
+def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torch.device, workers: int = 0,
+             crop: int | None = None) -> tuple[float, float]:
+    """Loss in nats and accuracy in percent on the images of `indices`, which the weights have not seen."""
+    logits, labels = predict(network, images, 256, device, indices, workers, crop), images.labels[indices]
+    return cross_entropy(logits, labels).item(), 100 * topk_accuracy(logits, labels)
+
+
+_load = lru_cache(maxsize=2)(load)  # all checkpoints of a run are tested on the same images
+
+
+def load_images(path: Path, about: dict, data: str | None, split: str, skip_bad_images: bool = False) -> ImageSet:
+    """A split of the data set that the checkpoint at `path` describes; `data` is where it is now, if it was moved.
+
+    Raises InputError if it has other classes than the network knows, or if its training images have changed since,
+    where that matters: for the training split, and for test images that were set aside from the same folder.
+    """
+    root = Path(data or about["root"]).expanduser()
+    if data is None and about["name"] != "digits" and not root.is_dir():
+        raise InputError(f"{path}: its images were in {root}, and there is no such folder; name theirs with --data")
+    skip = skip_bad_images or about.get("skip_bad_images", False)
+    load_part = partial(_load, about["name"], root, image_size=about["image_size"], skip_bad_images=skip,
+                        suffixes=_suffixes(about))
+    images = load_part(split, subset=_subset(about, root, split))
+    if list(images.info.classes) != about["classes"]:
+        raise InputError(f"{root}: has the classes {', '.join(images.info.classes)}, but {path} was trained on "
+                         f"{', '.join(about['classes'])}; name the right folder with --data")
+    if split == "train" or is_split_here(about["name"], root):
+        trained = images if split == "train" else load_part("train", subset=_subset(about, root, "train"))
+        if trained.fingerprint != about["fingerprint"]:
+            raise InputError(f"{root}: its training images have changed since {path} was trained on them (or another "
+                             "version of Pillow decodes them), so nobody knows which images it has not seen; restore "
+                             "them, or name their folder with --data")
+    return images
+
+
+def _suffixes(about: dict) -> tuple[str, ...]:
+    """Of the files that were images when the checkpoint was made, so that no image changes its split."""
+    return tuple(about.get("suffixes", EARLIER))
+
+
+def _subset(about: dict, root: Path, split: str) -> int | None:
+    """How many images of a split a checkpoint means; None is all.
+
+    Before there was --test_subset, --subset held for both splits.
+    """
+    subset, test_subset = about["subset"], about.get("test_subset", about["subset"])
+    if split == "train" or test_subset is None:
+        return subset if split == "train" else None
+    return _common_subset(about["name"], root, subset, _suffixes(about)) if test_subset == subset else test_subset
+
+
+@lru_cache(maxsize=2)
+def _common_subset(name: str, root: Path, subset: int, suffixes: tuple[str, ...]) -> int | None:
+    """`subset`, or None, said once, if the test split is smaller: such a run began before there was --test_subset, and
+    could not be tested."""
+    count = survey(name, root, "test", suffixes)[1]
+    if subset <= count:
+        return subset
+    if distributed.rank() == 0:
+        print(f"--subset {subset}, of a run from before there was --test_subset: there are {count} test images, all of "
+              "which are used", file=sys.stderr)
+    return None
+
+
+def scores_for(space: Space, path: Path, options: TestOptions, split: str = "test") -> Scores:
+    """The scores of the checkpoint at `path` on a split, from the stored file if that is of this checkpoint.
+
+    Computes and stores them otherwise. `split` is "test", or "valid": the part of the training images that its
+    weights have not seen. Checkpoints of searches and of retraining are alike. Raises InputError for a checkpoint
+    that is damaged or of another space, and for "valid" if its weights have seen all training images.
+    """
+    return scores_for_all([(space, path)], options, split)[0]
+
+
+def scores_for_all(members: Iterable[tuple[Space, Path]], options: TestOptions, split: str = "test") -> list[Scores]:
+    """The scores of several checkpoints, each as of `scores_for`; the images are read once for TOGETHER of them."""
+    questions = [_Question(space, path, split) for space, path in members]
+    scores = [question.stored() for question in questions]
+    missing = [i for i, found in enumerate(scores) if found is None]
+    for start in range(0, len(missing), TOGETHER):
+        alike: dict[tuple, list[int]] = {}  # checkpoints that look at the same images in the same way
+        for i in missing[start:start + TOGETHER]:
+            alike.setdefault(questions[i].prepare(options), []).append(i)
+        for group in alike.values():
+            first = questions[group[0]]
+            logits = predict_all([questions[i].network for i in group], first.images, options.batch_size,
+                                 find_device(options.device), first.indices, options.workers, first.crop)
+            for i, own in zip(group, logits):
+                scores[i] = questions[i].answer(own)
+    return scores
+
+
+class _Question:
+    """What the checkpoint at `path` says of a split."""
+
+    def __init__(self, space: Space, path: Path, split: str):
+        self.space, self.path, self.split, self.digest = space, path, split, checkpoints.sha256(path)
+        suffix = "" if split == "test" else f".{split}"
+        self.file = path.parent.parent / "probabilities" / f"{path.stem}{suffix}.npz"
+
+    def stored(self) -> Scores | None:
+        """The stored scores, if they are of this checkpoint."""
+        def kept() -> dict | None:
+            scores = load_scores(self.file) if self.file.exists() else None
+            fits = scores and (scores.checkpoint_sha256, scores.space) == (self.digest, self.space.name)
+            return vars(scores) if fits else None
+
+        fields = distributed.from_first(kept)
+        return Scores(**fields) if fields else None
+
+    def prepare(self, options: TestOptions) -> tuple:
+        """Load network and images. Questions that give equal results can be answered in one pass."""
+        self.checkpoint = checkpoints.load(self.path)
+        self.network = checkpoints.restore(self.path, self.checkpoint, self.space.name, self.space.network)
+        about = self.checkpoint["dataset"]
+        if self.split == "valid" and not {"train_portion", "split_seed"} <= about.keys():
+            raise InputError(f"{self.path}: does not say which training images were held out; train again")
+        self.images = distributed.in_turn(
+            lambda: load_images(self.path, about, options.data, "test" if self.split == "test" else "train",
+                                options.skip_bad_images))
+        self.indices, self.crop, self.fingerprint = None, about.get("crop"), self.images.fingerprint
+        if self.split == "valid":
+            portions = [about["train_portion"], 1 - about["train_portion"]]
+            self.indices = stratified_split(self.images.labels, portions, about["split_seed"])[1]
+            if len(self.indices) == 0:
+                raise InputError(f"{self.path}: its weights have seen all training images; train with --valid_portion "
+                                 "above 0")
+            digest = hashlib.sha256(self.fingerprint.encode() + self.indices.numpy().tobytes())
+            self.fingerprint = digest.hexdigest()
+        return id(self.images), self.crop, self.fingerprint
+
+    def answer(self, logits: Tensor) -> Scores:
+        """Store the scores, and let go of the network."""
+        checkpoint, images, indices = self.checkpoint, self.images, self.indices
+        scores = Scores(
+            logits=logits, labels=images.labels if indices is None else images.labels[indices], space=self.space.name,
+            stage=checkpoint["stage"], epoch=checkpoint["epoch"], seed=checkpoint["seed"], split=self.split,
+            checkpoint_sha256=self.digest, dataset=checkpoint["dataset"]["name"], fingerprint=self.fingerprint,
+            classes=list(images.info.classes))
+        if distributed.rank() == 0:
+            save_scores(self.file, scores)
+        del self.network, self.checkpoint
+        return scores
+
+
+def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str], None] = tqdm.write) -> list[dict]:
+    """Test every checkpoint of a run; one row for each: epoch, loss (nats), top1, top5 (percent).
+
+    Rows go to `show` as they come, and to test_all.csv in the run's folder. Several processes call it alike.
+    """
+    folder = run_folder(space, stage, options)
+    rows = []
+    for epoch, path in tqdm(list_checkpoints(folder).items(), desc=folder.name, unit="checkpoint",
+                            disable=distributed.quiet()):
+        scores = scores_for(space, path, options)
+        row = {"epoch": epoch, "loss": scores.loss(), "top1": scores.top(1), "top5": scores.top(5)}
+        show(f"{space.name}  epoch {epoch:3d}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f} %  "
+             f"top-5 {row['top5']:6.2f} %")
+        rows.append(row)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    if distributed.rank() == 0:
+        write_text(folder / "test_all.csv", text.getvalue())
+    show(f"{STAGES[stage]}: {len(rows)} checkpoints, {len(scores.labels)} test images of {scores.dataset}: "
+         f"{folder / 'test_all.csv'}")
+    if stage == "train":
+        best = scores_for(space, best_checkpoint(folder), options)
+        show(f"{space.name}  best on held-out images, of epoch {best.epoch}: loss {best.loss():.4f}, "
+             f"top-1 {best.top(1):.2f} %, top-5 {best.top(5):.2f} %")
+    return rows
+
+
+test_all.__test__ = False  # a command, not a pytest test
+
+
+def run_folder(space: Space, stage: str, options: TestOptions) -> Path:
+    """The folder of the run that the options name, in a stage of STAGES."""
+    save = folder_name(options.save)
+    return space.train_folder(save) if stage == "train" else space.search_folder(save)
+
+
+def stages_there(space: Space, stage: str | None, options: TestOptions) -> list[str]:
+    """The stages to test: `stage`, or those of which the space has a run, or "search" if it has none."""
+    if stage is not None:
+        return [stage]
+    return [name for name in STAGES if run_folder(space, name, options).is_dir()] or ["search"]
+
+
+def main(folder: Path, network: type, description: str, argv: list[str] | None = None) -> None:
+    """The command `python test_all.py` of the space in `folder`."""
+    which, options = parse(description, [StageOptions, TestOptions], argv)
+    space = Space(folder.name, folder, network)
+    for stage in stages_there(space, which.stage, options):
+        test_all(space, stage, options)

@@ -1,0 +1,163 @@
+"""Test one network: what it gets right, how large it is, how fast it is."""
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from conas import distributed
+from conas.cli import find_device, option, parse
+from conas.commands import cells as arch
+from conas.commands.scoring import load_images, predict
+from conas.darts import genotype as genotypes
+from conas.darts.derived import DerivedNetwork, count_parameters, flops
+from conas.darts.published import GENOTYPES
+from conas.darts.space import Space
+from conas.darts.supernet import Supernet
+from conas.data import imagenet_augment as photographs
+from conas.data.images import DATASETS, ImageSet, load
+from conas.errors import InputError
+from conas.runs import checkpoint as checkpoints
+from conas.runs.folder import best_checkpoint, folder_name
+from conas.runs.options import RECIPES, ROOT, ModelOptions, TestOptions
+from conas.runs.scores import topk_accuracy
+
+
+@dataclass
+class PublishedOptions:
+    """network in a file of DARTS' own code; the checkpoints of train.py describe theirs"""
+
+    arch: str = option("DARTS", "the cells: a published name, or a file NAME.json")
+    auxiliary: bool = option(False, "the network has an auxiliary head")
+    init_channels: int | None = option(None, "channels of the first cells (default: the paper's)", low=2, high=1024,
+                                       even=True)
+    layers: int | None = option(None, "number of cells (default: the paper's)", low=3, high=100)
+    dataset: str | None = option(None, "the images (default: the paper's)", choices=sorted(DATASETS))
+    image_size: int | None = option(None, "side of the network's input in pixels (default: the data set's own)", low=8,
+                                    high=1024)
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published file: recipe, data set and cells of its network, and the figures that were published of it.
+
+    They were measured on the whole test split, `images` of `classes` classes, with the recipe's channels and number of
+    cells, after a training with an auxiliary head.
+    """
+
+    recipe: str
+    dataset: str
+    figures: Mapping[str, float]  # by the names of `measure`
+    arch: str = "DARTS"
+    images: int = 10_000
+    classes: int = 10
+
+
+def measure(network: nn.Module, images: ImageSet, options: TestOptions, crop: int | None = None) -> dict[str, float]:
+    """What a network does on a test split.
+
+    top1_error and top5_error in percent, loss in nats, parameters without an auxiliary head, multiply_adds for one
+    image, images_per_second with their preparation.
+    """
+    device = find_device(options.device)
+    some = torch.arange(min(options.batch_size, len(images)))
+    predict(network, images, options.batch_size, device, some, crop=crop)  # the first batch pays for what is done once
+    began = time.perf_counter()
+    logits = predict(network, images, options.batch_size, device, workers=options.workers, crop=crop)
+    seconds = time.perf_counter() - began
+    size = crop or images.info.image_size
+    return {"top1_error": 100 * (1 - topk_accuracy(logits, images.labels)),
+            "top5_error": 100 * (1 - topk_accuracy(logits, images.labels, 5)),
+            "loss": cross_entropy(logits.double(), images.labels).item(),
+            "parameters": count_parameters(network),
+            "multiply_adds": flops(network, (images.info.channels, size, size)),
+            "images_per_second": len(images) / seconds}
+
+
+def differences(published: Published, network: DerivedNetwork, images: ImageSet) -> list[str]:
+    """In what a tested network and its images are not those of the published figures: a phrase each."""
+    recipe, of = RECIPES[published.recipe], network.arguments
+    cells, own_cells = (genotypes.to_json(genotype) for genotype in (GENOTYPES[published.arch], network.genotype()))
+    size = DATASETS[published.dataset].image_size
+    return [phrase for phrase, same in (
+        (f"the cells {published.arch}, not others", cells == own_cells),
+        (f"{recipe['init_channels']} channels, not {of['C']}", recipe["init_channels"] == of["C"]),
+        (f"{recipe['layers']} cells, not {of['layers']}", recipe["layers"] == of["layers"]),
+        ("a network with an auxiliary head", of["auxiliary"]),
+        (f"{published.dataset}, not {images.info.name}", published.dataset == images.info.name),
+        (f"{published.classes} classes, not {of['num_classes']}", published.classes == of["num_classes"]),
+        (f"{published.images} test images, not {len(images)}", published.images == len(images)),
+        (f"{size} pixels, not {of['image_size']}", size == of["image_size"])) if not same]
+
+
+def as_text(figures: Mapping[str, float], published: Mapping[str, float]) -> str:
+    """The figures of `measure`, one a line, each beside the published one, if there is one."""
+    lines = []
+    for name, text in (("top1_error", "top-1 {accuracy:6.2f} %   error {value:.2f} %"),
+                       ("top5_error", "top-5 {accuracy:6.2f} %   error {value:.2f} %"),
+                       ("loss", "loss {value:.4f}"), ("parameters", "parameters {millions:.2f} M"),
+                       ("multiply_adds", "multiply-adds {millions:.1f} M for an image"),
+                       ("images_per_second", "{value:.0f} images per second")):
+        line, beside = (text.format(value=v, accuracy=100 - v, millions=v / 1e6)
+                        for v in (figures[name], published.get(name, 0.0)))
+        lines.append(f"{line:40}published: {beside}" if name in published else line)
+    return "\n".join(lines)
+
+
+def open_published(path: str | Path, content: object, published: Published, options: PublishedOptions, data: str | None,
+                   skip_bad_images: bool = False) -> tuple[DerivedNetwork, ImageSet, int | None]:
+    """Network, test images and crop for a file of DARTS' code. Raises InputError if they do not fit together."""
+    state = checkpoints.published_state(path, content)
+    genotype = arch.find_genotype(options.arch, GENOTYPES)
+    dataset = options.dataset or published.dataset
+    size = options.image_size or DATASETS[dataset].image_size
+    crop = size if published.recipe == "imagenet" else None
+    images = load(dataset, data or ROOT / "data", "test", image_size=photographs.canvas(crop) if crop else size,
+                  skip_bad_images=skip_bad_images)
+    C, layers = (getattr(options, name) or RECIPES[published.recipe][name] for name in ("init_channels", "layers"))
+    classes = state["classifier.bias"].numel() if "classifier.bias" in state else 0
+    if classes and classes != images.info.num_classes:
+        raise InputError(f"{path}: knows {classes} classes, but {dataset} has {images.info.num_classes}; give another "
+                         "--dataset, or another file")
+    network = arch.build(published.recipe, C, layers, options.auxiliary, images.info, size, genotype)
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{path}: its tensors do not fit --arch {options.arch} with {C} channels and {layers} cells, "
+                         f"{'with' if options.auxiliary else 'without'} an auxiliary head; change --arch, "
+                         "--init_channels, --layers or --auxiliary") from error
+    return network, images, crop
+
+
+def main(folder: Path, network_class: type[Supernet] | None, description: str, published: Published | None = None,
+         argv: list[str] | None = None) -> None:
+    """The command `python test.py` of `folder`; with `published`, it also takes files of DARTS' code."""
+    groups = [ModelOptions, TestOptions, *([PublishedOptions] if published else [])]
+    model, options, *published_options = parse(description, groups, argv)
+    space = Space(folder.name, folder, network_class)
+    path = Path(model.model_path or best_checkpoint(space.train_folder(folder_name(options.save))))
+    content, beside = checkpoints.read(path), {}
+    if published and not checkpoints.is_ours(content):
+        if model.export:
+            raise InputError(f"--export: {path} says nothing of its images and training, as checkpoints of train.py do")
+        network, images, crop = open_published(path, content, published, *published_options, options.data,
+                                               options.skip_bad_images)
+        print(f"{path}: a state_dict, of the network that --arch and the flags beside it describe")
+        if unlike := differences(published, network, images):
+            print(f"the paper's figures are left out, since they are of {'; '.join(unlike)}")
+        else:
+            beside = published.figures
+    else:
+        checkpoint = checkpoints.check(path, content)
+        network = checkpoints.restore(path, checkpoint, space.name, network_class)
+        crop = checkpoint["dataset"].get("crop")
+        images = load_images(path, checkpoint["dataset"], options.data, "test", options.skip_bad_images)
+        print(f"{path}: {space.name}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")
+    print(f"{images.info.name}: {len(images)} test images, {images.info.num_classes} classes")
+    print(as_text(measure(network, images, options, crop), beside))
+    if model.export and distributed.rank() == 0:
+        checkpoints.export(model.export, checkpoint)
+        print(f"written: {model.export}")

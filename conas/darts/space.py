@@ -1,0 +1,42 @@
+"""Find the search spaces: the only code that globs for `cnn_space*` folders."""
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+
+from conas.darts.supernet import Supernet
+from conas.errors import InputError
+
+
+@dataclass(frozen=True)
+class Space:
+    """A folder with a `model_search.py`: its name, where it is, and its supernet class.
+
+    Derived networks are trained and tested without that class.
+    """
+
+    name: str
+    folder: Path
+    network: type[Supernet] | None = None
+
+    @property
+    def primitives(self) -> tuple[str, ...]:
+        return tuple(self.network.primitives)
+
+    def search_folder(self, save: str) -> Path:
+        """The run folder of `train_search.py --save SAVE`."""
+        return self.folder / f"search-{save}"
+
+    def train_folder(self, save: str) -> Path:
+        """The run folder of `train.py --save SAVE`."""
+        return self.folder / f"train-{save}"
+
+
+def discover(root: Path) -> list[Space]:
+    """All spaces below `root`, by name; `root` must be importable (on `sys.path`).
+
+    A space is imported as `<folder>.model_search`, so two spaces never share a module.
+    """
+    folders = sorted(path.parent for path in root.glob("cnn_space*/model_search.py"))
+    if not folders:
+        raise InputError(f"{root}: holds no cnn_space* folder with a model_search.py; restore one from the repository")
+    return [Space(folder.name, folder, import_module(f"{folder.name}.model_search").Network) for folder in folders]

@@ -1,0 +1,145 @@
+"""Images that are files: which ones belong to a data folder, and how one becomes pixels.
+
+The folder may come from anywhere. Nothing is read through a link that leaves it, no other program is started to decode
+an image, and none takes more memory than its size allows for.
+"""
+import os
+import threading
+import unicodedata
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from conas.data.listing import OUTSIDE, Listing, formats
+from conas.errors import InputError
+from conas.files import check_regular
+
+PIXELS = 2**27            # in one image; a file of a few bytes can claim any number
+LARGE = 2**24             # images above are decoded two at a time, as each may take half a gigabyte
+_large = threading.Semaphore(2)
+
+
+@dataclass(frozen=True)
+class ImageFiles:
+    """Files below `root`, by their relative names."""
+
+    root: Path
+    names: list[str]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, indices: Tensor) -> "ImageFiles":
+        return ImageFiles(self.root, [self.names[i] for i in indices.tolist()])
+
+    def decode(self, i: int, image_size: int) -> Tensor:
+        """The central square of image i in RGB, resized: uint8 (3, image_size, image_size).
+
+        Upright as its EXIF data say; of an animation the first picture; 16 bits become the upper 8, and transparency
+        is left out. Raises InputError naming a file that cannot be read.
+        """
+        path = self.root / self.names[i]
+        try:
+            check_regular(path)
+            with Image.open(path, formats=formats()) as image:
+                if image.width * image.height > PIXELS:
+                    raise ValueError(f"{image.width} x {image.height} pixels are too many")
+                if image.width * image.height <= LARGE:
+                    return _square(image, image_size)
+                with _large:
+                    return _square(image, image_size)
+        except Exception as error:  # PIL's decoders raise whatever broken bytes lead them to
+            raise InputError(f"{path}: cannot be read as an image ({error}); repair it or take it away") from error
+
+
+def _square(image: Image.Image, image_size: int) -> Tensor:
+    image.load()
+    with suppress(Exception):  # damaged EXIF data say nothing of the pixels, and raise as they like
+        ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I"):  # 16 bits: PIL would cut values off at 255
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    if image.mode != "RGB":
+        image = image.convert("RGB")
+    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def class_folders(root: Path, part: str, listing: Listing | None = None) -> tuple[tuple[str, ...], ImageFiles, Tensor]:
+    """The images in the class folders of root/part, at any depth, by class and name; hidden ones do not count.
+
+    `listing` tells which files are images, and counts the others. `root` and root/part may be links; what is in them
+    may not be, unless it is an image that links to another of the same folder. Raises InputError for others by name,
+    and for too few classes or a class without images, with what is there instead.
+    """
+    listing = listing or Listing()
+    beside = Listing(listing.suffixes)
+    entries = sorted(_entries(root / part), key=lambda entry: entry.name)
+    folders = [entry for entry in entries if _is_class(entry)]
+    for entry in entries:
+        if not entry.is_dir() and beside.takes(entry.name):
+            beside.leave_out(OUTSIDE, entry.name)
+    if len(folders) < 2:
+        besides = f" and {beside}" if beside.left_out else ""
+        raise InputError(f"{root / part}: holds {len(folders)} folders{besides}, but needs one folder for each of two "
+                         "or more classes")
+    listing.add(beside)
+    inside = {Path(os.path.realpath(folder)) for folder in (root, root / part)}
+    names, labels = [], []
+    for label, folder in enumerate(folders):
+        own = Listing(listing.suffixes)
+        found = _images(Path(folder.path), root, inside, own)
+        if not found:
+            only = f"only {own}" if own.left_out else f"which are files with the suffixes {' '.join(own.suffixes)}"
+            raise InputError(f"{folder.path}: no images in this class folder, {only}; fill it or take it away")
+        listing.add(own)
+        names += found
+        labels += [label] * len(found)
+    return tuple(folder.name for folder in folders), ImageFiles(root, names), torch.tensor(labels)
+
+
+def _entries(folder: Path) -> list[os.DirEntry]:
+    """What is in a folder and not hidden."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry for entry in entries if not entry.name.startswith(".")]
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror}); permit it, or name another folder with --data"
+                         ) from error
+
+
+def _is_class(entry: os.DirEntry) -> bool:
+    if entry.is_symlink() and (os.path.isdir(entry.path) or not os.path.exists(entry.path)):
+        _refuse(entry)
+    if not entry.is_dir():
+        return False
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in entry.name):  # control characters; bytes that are not UTF-8
+        raise InputError(f"{entry.path}: the name of this class is no text; rename it")
+    return True
+
+
+def _images(folder: Path, root: Path, inside: set[Path], listing: Listing) -> list[str]:
+    """The names of all images below a folder, relative to `root`, sorted."""
+    found, folders = [], [folder]
+    while folders:
+        for entry in _entries(folders.pop()):
+            if entry.is_symlink() and os.path.isdir(entry.path):
+                _refuse(entry)
+            if entry.is_dir(follow_symlinks=False):
+                folders.append(Path(entry.path))
+            elif listing.takes(entry.name):
+                if entry.is_symlink() and inside.isdisjoint(Path(os.path.realpath(entry.path)).parents):
+                    _refuse(entry)
+                found.append(Path(entry.path).relative_to(root).as_posix())
+    return sorted(found)
+
+
+def _refuse(link: os.DirEntry) -> None:
+    target = os.path.realpath(link.path)
+    what = "a folder" if os.path.isdir(target) else "a file out of the data folder" if os.path.exists(target) else \
+        "nothing"
+    raise InputError(f"{link.path}: is a link to {what}, {target}; put a copy in its place, or take it away")

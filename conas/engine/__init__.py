@@ -1,0 +1,1 @@
+"""The engine: the numbers of the method, faster."""

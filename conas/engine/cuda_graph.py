@@ -1,0 +1,132 @@
+"""A whole iteration of the search, or a pass of evaluation, as one CUDA graph: recorded once, then launched at once for
+every full batch.
+
+A graph repeats the same kernels on the same addresses. So batches are copied into fixed tensors, the learning rate is a
+tensor on the device, and the short last batch of an epoch goes on as usual. The first iterations go on as usual too:
+they are steps of the search like all others, and leave everything allocated that a recording must find.
+"""
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from conas import distributed
+from conas.darts.architect import Batch
+from conas.runs.folder import Run
+
+WARM_UP = 3  # iterations
+
+Iterate = Callable[[Batch, Batch, Tensor | float], tuple[Tensor, ...] | None]
+
+
+class Replayed:
+    """An `iterate` (train batch, valid batch, learning rate) that is replayed for batches of `size` images.
+
+    `iterate` must not look at values on the host, and reads the learning rate from its argument and from `optimizer`.
+    `record` stands in for `capture`. If it raises RuntimeError, the run's log says so, and iterations go on as usual.
+    """
+
+    def __init__(self, iterate: Iterate, optimizer: torch.optim.Optimizer, size: int, device: torch.device, run: Run,
+                 record: Callable | None = None):
+        self.iterate, self.optimizer, self.size, self.run = iterate, optimizer, size, run
+        self.record = record or capture
+        self.rate = torch.zeros((), device=device)
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.seen, self.inputs, self.replay, self.results = 0, None, None, None
+
+    def __call__(self, train: Batch, valid: Batch, lr: float) -> tuple[Tensor, ...] | None:
+        self.rate.fill_(lr)
+        self.optimizer.param_groups[0]["lr"] = self.rate
+        self.seen += 1
+        if self.record is not None and self.seen <= WARM_UP:
+            return _aside(lambda: self.iterate(train, valid, self.rate), self.stream)
+        if self.record is None or len(train[1]) < self.size:
+            return self.iterate(train, valid, self.rate)
+        if self.replay is None:
+            self.inputs = [tensor.clone() for tensor in (*train, *valid)]
+            try:
+                self.replay, self.results = self.record(
+                    lambda: self.iterate(self.inputs[:2], self.inputs[2:], self.rate))
+            except RuntimeError as error:
+                self.run.log(f"--cuda_graph: the iteration cannot be recorded ({str(error).strip().splitlines()[0]}); "
+                             "the search goes on without a graph")
+                self.record = None
+                return self.iterate(train, valid, self.rate)
+        for own, tensor in zip(self.inputs, (*train, *valid)):
+            own.copy_(tensor, non_blocking=True)
+        self.replay()
+        return self.results
+
+
+class ReplayedForward:
+    """A network for many batches of images in evaluation mode, and without gradients, on a CUDA device.
+
+    From the second batch of the first one's shape on, a graph is replayed. A network that cannot be recorded goes on
+    as usual. `record` stands in for `capture`.
+    """
+
+    def __init__(self, network: Callable[[Tensor], Tensor], device: torch.device, record: Callable | None = None):
+        self.network, self.record = network, record or capture
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.images, self.replay, self.results = None, None, None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self.images is None:
+            self.images = images.clone()
+            return _aside(lambda: self.network(images), self.stream)
+        if self.record is None or images.shape != self.images.shape:
+            return self.network(images)
+        self.images.copy_(images, non_blocking=True)
+        if self.replay is None:
+            try:
+                self.replay, self.results = self.record(lambda: self.network(self.images))
+            except RuntimeError:
+                self.record = None
+                return self.network(images)
+        self.replay()
+        return self.results.clone()
+
+
+def _aside(function: Callable, stream: "torch.cuda.Stream | None"):
+    """Run `function` on another stream, as a recording will: autograd remembers streams."""
+    if stream is None:
+        return function()
+    here = torch.cuda.current_stream(stream.device)
+    stream.wait_stream(here)
+    with torch.cuda.stream(stream):
+        results = function()
+    here.wait_stream(stream)
+    return results
+
+
+def capture(function: Callable, pool: tuple | None = None) -> tuple[Callable[[], None], tuple[Tensor, ...] | Tensor]:
+    """Record the kernels of `function`; they do not run yet. Graphs that take turns can share a memory pool.
+
+    Returns what repeats them, and the tensors that then hold the results.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):  # other threads may load images
+        results = function()
+    return graph.replay, results
+
+
+def graph_fits(device: torch.device, waits: bool, run: Run) -> bool:
+    """Whether iterations on this device can be recorded, where they `wait` for it or not; else the log says why."""
+    reason = (f"CUDA graphs are for CUDA devices, not for {device}" if device.type != "cuda" else
+              "--on_nan skip looks at every loss, which a graph cannot" if waits else
+              "several processes agree on the host between kernels" if distributed.size() > 1 else None)
+    if reason is not None:
+        run.log(f"--cuda_graph: {reason}; the search goes on without a graph")
+    return reason is None
+
+
+def on_device(optimizer: torch.optim.Optimizer, wanted: bool) -> None:
+    """Let an optimizer read its learning rate and count its steps on the device, as a graph needs it, or not."""
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD):
+            group["fused"] = True  # else it looks at the rate on the host; and a thousand weights are slow one by one
+        else:
+            group["capturable"] = wanted
+    for p, state in optimizer.state.items():
+        if "step" in state:
+            state["step"] = state["step"].to(p.device if wanted else "cpu")

@@ -1,0 +1,1 @@
+"""Recurrent cells for language models: the method on text, and its commands."""

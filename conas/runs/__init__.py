@@ -1,0 +1,1 @@
+"""Run folders: options, checkpoints, exact resume, progress and stored scores."""

@@ -1,0 +1,221 @@
+"""Checkpoints: self-describing files of plain tensors, numbers and strings, the border between search and committee.
+
+A checkpoint holds what is needed to rebuild its network without a command line:
+
+    format version torch stage space primitives network genotype epoch dataset arguments seed state
+
+`stage` is "search" for a supernet and "train" for a derived network. `network` are the constructor's arguments, for
+derived networks with their `kind` among NETWORKS; `dataset` describes the images (name, classes, ...), `state` is the
+`state_dict`, alphas included. A file NAME.safetensors holds `state`, and the other fields as JSON in its metadata,
+with a CRC-32 of everything. Both kinds are checked for flipped bits when they are read; files of DARTS' own code that
+PyTorch wrote before version 1.6, and .safetensors files of other programs, have no checksum.
+"""
+import hashlib
+import io
+import json
+import warnings
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import conas
+from conas.darts import genotype as genotypes
+from conas.darts.derived import NETWORKS, DerivedNetwork
+from conas.darts.operations import OPERATIONS
+from conas.darts.supernet import Supernet
+from conas.errors import InputError
+from conas.files import atomic_path, check_regular, check_zip
+from conas.runs import schema as fields
+
+FORMAT = "conas-checkpoint"
+SAFETENSORS = ".safetensors"
+FIELDS = {"format": str, "version": str, "torch": str, "stage": str, "space": str, "primitives": list,
+          "network": dict, "genotype": dict, "epoch": int, "dataset": dict, "arguments": dict, "seed": int,
+          "state": dict}
+
+
+def describe(network: Supernet | DerivedNetwork, *, space: str, epoch: int, dataset: dict, arguments: dict,
+             primitives: Sequence[str] | None = None) -> dict:
+    """The checkpoint of a network after `epoch`, ready for `save`. A derived network needs its space's primitives.
+
+    Language models go the same way; `conas.recurrent.files` reads theirs.
+    """
+    derived = not hasattr(network, "alphas")
+    return {
+        "format": FORMAT, "version": conas.__version__, "torch": str(torch.__version__),
+        "stage": "train" if derived else "search", "space": space,
+        "primitives": list(primitives if derived else network.primitives),
+        "network": {"kind": network.kind, **network.arguments} if derived else network.arguments,
+        "genotype": genotypes.to_json(network.genotype()), "epoch": epoch, "dataset": dataset,
+        "arguments": arguments, "seed": arguments["seed"], "state": network.state_dict(),
+    }
+
+
+def save(path: str | Path, checkpoint: dict, keep: Path | None = None) -> None:
+    """Write a checkpoint atomically. Raises OSError, with the earlier file intact, if it cannot be written.
+
+    The earlier file goes to `keep`, if that is given.
+    """
+    buffer = io.BytesIO()  # torch.save to a file reports a full disk as a RuntimeError without a reason
+    torch.save(checkpoint, buffer)
+    with atomic_path(path, keep) as temporary:
+        temporary.write_bytes(buffer.getbuffer())
+
+
+def load(path: str | Path) -> dict:
+    """Read a checkpoint, or what `export` wrote, to the CPU; nothing in the file is executed.
+
+    Raises InputError naming the file if it is missing, damaged, not a CoNAS checkpoint, or holds pickled objects.
+    """
+    return check(path, read(path))
+
+
+def is_ours(content: object) -> bool:
+    """Whether what `read` gave was written by `save` or `export`, and not by DARTS' code."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def check(path: str | Path, content: object) -> dict:
+    """Return what `read` gave, if that is a checkpoint with all its fields; else InputError."""
+    if not is_ours(content):
+        raise InputError(f"{path}: not a CoNAS checkpoint; train_search.py and train.py write them")
+    for name, kind in FIELDS.items():
+        if not isinstance(content.get(name), kind):
+            raise InputError(f"{path}: its field {name!r} is missing or not a {kind.__name__}")
+    return fields.check(path, content)
+
+
+def read(path: str | Path) -> object:
+    """Whatever is in a file of tensors and plain values, on the CPU. Raises InputError if that cannot be read."""
+    try:
+        check_regular(path)
+        with open(path, "rb") as file:
+            zipped = file.read(4) == b"PK\3\4"
+    except OSError as error:
+        reason = "" if isinstance(error, FileNotFoundError) else f" ({error.strerror or error})"
+        raise InputError(f"{path}: no such checkpoint{reason}") from error
+    if Path(path).suffix == SAFETENSORS:
+        return _read_safetensors(path)
+    if zipped:
+        try:
+            check_zip(path)
+        except ValueError as error:
+            raise InputError(f"{path}: damaged ({error}); delete it, or copy a good one here") from error
+    try:
+        with warnings.catch_warnings(action="ignore"):  # torch muses about damaged files before it fails on them
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file can make the unpickler raise anything
+        raise InputError(f"{path}: refused, since it is damaged or holds more than tensors and plain values; nothing "
+                         "in it was run. Delete it, or copy a good one here") from error
+
+
+def published_state(path: str | Path, content: object) -> dict[str, Tensor]:
+    """The `state_dict` in what `read` gave for a file of DARTS' code: bare, or wrapped in {"state_dict": ...}.
+
+    Names lose the prefix that DataParallel gives them. Raises InputError if there is no `state_dict`.
+    """
+    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
+        content = content["state_dict"]
+    if not content or not fields.is_state(content):
+        raise InputError(f"{path}: holds neither a CoNAS checkpoint nor a state_dict; copy a good one here")
+    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+
+
+def restore(path: str | Path, checkpoint: dict, space: str, network_class: type[Supernet] | None = None
+            ) -> Supernet | DerivedNetwork:
+    """The network of a loaded checkpoint, if it belongs to `space`; else InputError.
+
+    A supernet must have the primitives of `network_class`, and names and not shapes decide: spaces with equally many
+    primitives have tensors of equal shapes. Derived networks do not need `network_class`.
+    """
+    if checkpoint["space"] != space:
+        raise InputError(f"{path}: written by {checkpoint['space']}, not by {space}; name a file of this folder, or "
+                         f"move that run out of {space} and start another there")
+    if checkpoint["stage"] == "train" or network_class is None:
+        return restore_derived(path, checkpoint)
+    if checkpoint["primitives"] != list(network_class.primitives):
+        raise InputError(f"{path}: searched over {', '.join(checkpoint['primitives'])}, but genotypes.py of {space} "
+                         f"now lists {', '.join(network_class.primitives)}; restore that list or search again")
+    return rebuild(path, checkpoint, network_class, checkpoint["network"])
+
+
+def restore_derived(path: str | Path, checkpoint: dict) -> DerivedNetwork:
+    """The derived network of a loaded checkpoint of any space. Raises InputError for a supernet."""
+    if checkpoint["stage"] != "train" or checkpoint["network"].get("kind") not in list(NETWORKS):
+        raise InputError(f"{path}: is of the stage {checkpoint['stage']!r}, and no retrained network; train.py writes "
+                         "those")
+    genotype = genotypes.from_json(checkpoint["genotype"], str(path), OPERATIONS)
+    arguments = {name: value for name, value in checkpoint["network"].items() if name != "kind"}
+    return rebuild(path, checkpoint, NETWORKS[checkpoint["network"]["kind"]], arguments | {"genotype": genotype})
+
+
+def rebuild(path: str | Path, checkpoint: dict, network_class: type, arguments: dict) -> Supernet | DerivedNetwork:
+    try:
+        if fields.is_large(checkpoint):
+            with torch.device("meta"):  # takes no memory, whatever size the file claims, but half a second
+                fields.check_shapes(checkpoint["state"], network_class(**arguments).state_dict())
+        network = network_class(**arguments)
+        network.load_state_dict(checkpoint["state"])
+    except (TypeError, RuntimeError, ValueError, AttributeError, ArithmeticError, LookupError, AssertionError) as error:
+        raise InputError(f"{path}: its tensors do not fit its own description; copy a good one here") from error
+    return network
+
+
+def export(path: str | Path, checkpoint: dict) -> None:
+    """Write a checkpoint as .safetensors, atomically. Raises InputError without that package or suffix."""
+    if Path(path).suffix != SAFETENSORS:
+        raise InputError(f"--export {path}: the name must end in {SAFETENSORS}")
+    metadata = {name: json.dumps(checkpoint[name]) for name in FIELDS if name != "state"}
+    state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in checkpoint["state"].items()}
+    metadata["crc32"] = f"{_crc32(metadata, state):08x}"
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(_safetensors().torch.save(state, metadata))
+
+
+def _read_safetensors(path: str | Path) -> dict:
+    safetensors = _safetensors()
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            metadata = {name: text for name, text in (file.metadata() or {}).items() if name in (*FIELDS, "crc32")}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        checksum = metadata.pop("crc32", None)
+        content = {name: json.loads(text) for name, text in metadata.items()} | {"state": state}
+        if checksum != f"{_crc32(metadata, state):08x}" and (checksum or is_ours(content)):
+            raise ValueError("it does not have the checksum that it was written with")
+        return content
+    except Exception as error:  # damaged bytes can make it raise anything
+        raise InputError(f"{path}: damaged ({error}); copy a good one here") from error
+
+
+def _crc32(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> int:
+    """Of all names, texts, shapes and bytes."""
+    crc = 0
+    for name in sorted(metadata):
+        crc = zlib.crc32(f"{name}\0{metadata[name]}\0".encode(), crc)
+    for name in sorted(state):
+        tensor = state[name]
+        crc = zlib.crc32(f"{name}\0{tensor.dtype}\0{list(tensor.shape)}\0".encode(), crc)
+        crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy(), crc)
+    return crc
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise InputError(f"{SAFETENSORS} files need a package that is not installed; pip install safetensors"
+                         ) from error
+    return safetensors
+
+
+def sha256(path: str | Path) -> str:
+    """The SHA-256 of a file's bytes, in hex. Raises InputError if it cannot be read."""
+    try:
+        check_regular(path)
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); copy a good one here") from error

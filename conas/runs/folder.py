@@ -1,0 +1,191 @@
+"""Run folders: one folder holds one run, is never overwritten, and goes on when the same command is started again.
+
+    search-EXP/                                     of train_search.py; train-EXP/ is of train.py
+        args.json  log.txt  metrics.jsonl           arguments, what was printed, one line of numbers an epoch
+        checkpoints/epoch_000.pt ...                networks by epoch
+        resume.pt  resume.before.pt                 all that the next step needs, and the same of some minutes earlier
+        checkpoints/best.pt                         train-EXP: the network that did best on the held-out images
+        genotypes/epoch_000.json ...  genotype.json  search-EXP: the cells by epoch, and the last
+        cells/                                      search-EXP: pictures of the last cells
+        probabilities/epoch_000.npz ...  test_all.csv  written by test_all.py
+"""
+import json
+import re
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+import conas
+from conas import distributed
+from conas.data.images import DATASETS
+from conas.data.listing import EARLIER, readable_suffixes
+from conas.errors import InputError
+from conas.files import TEMPORARY, read_json, write_json, write_text
+
+# Where and how fast a run computes is free to change between two starts; what it computes is not. Which images
+# these are, their fingerprint tells, and not a flag.
+FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
+        "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images", "checkpoint_cells", "cuda_graph",
+        "suffixes"}
+OF_A_MACHINE = {"data", "workers"}  # may differ between processes that compute one run together
+
+
+class Run:
+    """The folder of a run, opened for writing. Use it as a context: inside, no other process can open it.
+
+    Of processes that compute one run together, the first alone opens it and writes; the others know where it is.
+    Raises InputError if another process has it open, if the folder holds a run with other arguments, or something
+    that is not a run.
+    """
+
+    def __init__(self, folder: Path, arguments: dict):
+        self.folder, self.arguments = folder, arguments
+        # The system releases this lock when the process ends, however it ends: it cannot become stale.
+        self._lock = FileLock(folder / ".lock")
+
+    def __enter__(self) -> "Run":
+        distributed.check_equal("flags", {k: v for k, v in self.arguments.items() if k not in OF_A_MACHINE})
+        with distributed.together():
+            if distributed.rank() == 0:
+                self._take()
+        return self
+
+    def _take(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=0)
+        except Timeout as error:
+            raise InputError(f"{self.folder}: another process is at work on this run; wait for it or stop it, or give "
+                             "--save another name") from error
+        try:
+            self._open()
+        except BaseException:
+            self.__exit__()
+            raise
+
+    def __exit__(self, *_) -> None:
+        self._lock.release()
+
+    def _open(self) -> None:
+        folder, arguments = self.folder, self.arguments
+        path = folder / "args.json"
+        if path.exists():
+            _compare(folder, read_arguments(folder), arguments)
+        elif folder.is_dir() and any(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
+            raise InputError(f"{folder}: is not empty and holds no run; give --save another name, or move it away")
+        else:
+            write_json(path, {"version": conas.__version__, "arguments": arguments})
+        for unfinished in folder.rglob(TEMPORARY):  # of a process that was killed while it wrote
+            unfinished.unlink()
+
+    def log(self, text: str) -> None:
+        """Print a line, above a progress bar if there is one, and keep it in log.txt."""
+        if distributed.rank():
+            return
+        tqdm.write(text)
+        with open(self.folder / "log.txt", "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text + "\n")
+
+    def write_metrics(self, rows: list[dict]) -> None:
+        """Write metrics.jsonl anew: whole, so that no epoch is ever there twice or missing."""
+        if distributed.rank() == 0:
+            write_text(self.folder / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+
+    def path(self, kind: str, epoch: int, suffix: str) -> Path:
+        """For example checkpoints/epoch_007.pt."""
+        return self.folder / kind / f"epoch_{epoch:03d}{suffix}"
+
+
+def begun_with(folder: Path) -> dict:
+    """`read_arguments` of the first process, on all; {} before the run's first start."""
+    return distributed.from_first(lambda: read_arguments(folder) if (folder / "args.json").exists() else {})
+
+
+def read_arguments(folder: Path) -> dict:
+    """The arguments of the run in `folder`. Raises InputError if there is none or its args.json is damaged.
+
+    A run from before there was --test_subset has the value of --subset, which then held for both splits, and one from
+    before there was --flip that of its data set. A --cutout_length that no --cutout uses is None.
+    """
+    arguments = _stored_arguments(folder)
+    if "subset" in arguments:
+        arguments.setdefault("test_subset", arguments["subset"])
+    dataset = arguments.get("dataset")
+    if isinstance(dataset, str) and dataset in DATASETS:  # else a text
+        arguments.setdefault("flip", DATASETS[dataset].flip)
+        arguments["cutout_length"] = arguments.get("cutout_length") if arguments.get("cutout") else None
+    return arguments
+
+
+def predates(folder: Path, flag: str) -> bool:
+    """Whether `folder` holds a run that began before there was the flag. Raises InputError for a damaged args.json."""
+    return (folder / "args.json").exists() and flag not in _stored_arguments(folder)
+
+
+def _stored_arguments(folder: Path) -> dict:
+    path = folder / "args.json"
+    try:
+        arguments = read_json(path)["arguments"]
+    except FileNotFoundError as error:
+        raise InputError(f"{folder}: no such run; start {_script(folder)} there first, or name another "
+                         "with --save") from error
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise InputError(f"{path}: damaged; delete it, if you know that the run's arguments are the same") from error
+    if not isinstance(arguments, dict):
+        raise InputError(f"{path}: damaged; its arguments are not an object")
+    return arguments
+
+
+def suffixes_of(folder: Path) -> list[str]:
+    """Of the files that count as images in the run in `folder`; in a new run, of all formats that can be read here.
+
+    Processes of one run get what the first of them finds. Raises InputError for a damaged args.json.
+    """
+    def find() -> list[str]:
+        if not (folder / "args.json").exists():
+            return list(readable_suffixes())
+        found = read_arguments(folder).get("suffixes", list(EARLIER))
+        if not (isinstance(found, list) and found and all(isinstance(suffix, str) for suffix in found)):
+            raise InputError(f"{folder / 'args.json'}: damaged; its suffixes are not a list of texts")
+        return found
+
+    return distributed.from_first(find)
+
+
+def _compare(folder: Path, before: dict, now: dict) -> None:
+    differ = [f"--{name} {before.get(name)} (now {now.get(name)})" for name in sorted(before.keys() | now.keys())
+              if name not in FREE and before.get(name) != now.get(name)]
+    if differ:
+        raise InputError(f"{folder}: holds a run with {', '.join(differ)}; start it with those arguments to go on, "
+                         "or give --save another name")
+
+
+def list_checkpoints(folder: Path) -> dict[int, Path]:
+    """The checkpoints of a run by epoch. Raises InputError if there is none."""
+    found = {int(match[1]): path for path in sorted((folder / "checkpoints").glob("epoch_*.pt"))
+             if (match := re.fullmatch(r"epoch_(\d+)\.pt", path.name))}
+    if not found:
+        raise InputError(f"{folder}: has no checkpoints; start {_script(folder)} there first, or name another run "
+                         "with --save")
+    return dict(sorted(found.items()))
+
+
+def best_checkpoint(folder: Path) -> Path:
+    """The network of a `train-` run that did best on its held-out images. Raises InputError if there is none."""
+    path = folder / "checkpoints" / "best.pt"
+    if not path.exists():
+        raise InputError(f"{path}: no such checkpoint; start {_script(folder)} there first, or name another run "
+                         "with --save")
+    return path
+
+
+def _script(folder: Path) -> str:
+    return "train.py" if folder.name.startswith("train-") else "train_search.py"
+
+
+def folder_name(save: str, flag: str = "--save") -> str:
+    """Check the value of a flag: it becomes part of a folder's name."""
+    if not re.fullmatch(r"[\w.-]{1,50}", save):
+        raise InputError(f"{flag} {save}: use letters, digits, dots, dashes and underscores only, at most 50")
+    return save

@@ -1,0 +1,202 @@
+"""What keeps a run from being lost: its state on disk, written by the clock, when asked to stop, and after every epoch.
+
+The state is a checkpoint of the present network and, besides, all that the next step depends on: optimizers, sums of
+the epoch, random generators. Batches are functions of seed and step. So a run that was killed at any instant goes on
+from the last state that is whole, does again what came after it, and ends with the same bits.
+
+    resume.pt  resume.before.pt      the last two states: if the newer is damaged, the older one serves
+
+Several processes have equal states. They stop after the same step, whichever of them got the signal; the first one
+writes, and what it reads it gives to the others.
+"""
+import random
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+import numpy as np
+import torch
+
+from conas import distributed
+from conas.errors import InputError, Stopped
+from conas.runs import checkpoint as checkpoints
+from conas.runs.folder import Run
+
+CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as shells have it
+
+
+class Keeper:
+    """Writes and reads the state of a run. Use it as a context: inside, Ctrl-C and SIGTERM wait for the step's end.
+
+    `minutes` lie between two states that are written by the clock. A second Ctrl-C stops at once.
+    """
+
+    def __init__(self, run: Run, minutes: float):
+        self.run, self.minutes = run, minutes
+        self.path, self.before = run.folder / "resume.pt", run.folder / "resume.before.pt"
+        self._wish: int | None = None  # the signal that has come
+        self._calm = False
+        self._saved = time.monotonic()
+        self._handlers: dict = {}
+
+    def __enter__(self) -> "Keeper":
+        if threading.current_thread() is threading.main_thread():
+            self._handlers = {number: signal.signal(number, self._take_note) for number in CODES}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _take_note(self, number: int, _frame: FrameType | None) -> None:
+        if self._calm:
+            raise _Interrupted(number)
+        if self._wish == signal.SIGINT == number:
+            raise KeyboardInterrupt
+        self._wish = number
+
+    def load(self, about: dict) -> dict | None:
+        """The last whole state of the run, or None before the first; `about` describes the images now.
+
+        Raises InputError if neither generation can be read, or if the
+        training images are not those of the run's earlier steps.
+        """
+        distributed.check_equal("training images", about["fingerprint"])
+        state = distributed.from_first(self._read)
+        if state is None:
+            return None
+        if state["dataset"]["fingerprint"] != about["fingerprint"]:
+            raise InputError(f"{self.path}: the training images have changed since this run began; restore them, "
+                             "or give --save another name")
+        return state
+
+    def _read(self) -> dict | None:
+        if not self.path.exists() and not self.before.exists():
+            return None
+        try:
+            return _with_fields(self.path, checkpoints.load(self.path))
+        except InputError as error:
+            if not self.before.exists():
+                raise
+            reason = "is missing" if not self.path.exists() else "is damaged"
+            try:
+                state = _with_fields(self.before, checkpoints.load(self.before))
+            except InputError:
+                raise error from None
+            self.run.log(f"warning: {self.path} {reason}; the run goes on from the state before, {self.before}")
+            return state
+
+    def resume(self, about: dict, put: Callable[[dict], None]) -> tuple[list[dict], dict | None]:
+        """Go on from the last whole state of the run: `put` puts it into networks and optimizers.
+
+        Returns the metrics of the epochs that are done, and the state if it is within another. Raises InputError as
+        `load` does, and for a state that does not fit the run.
+        """
+        state = self.load(about)
+        if state is None:
+            return [], None
+        try:
+            put(state)
+            _set_generators(state["random"])  # at last: building networks draws from them
+            metrics, course = _check_progress(state)
+        except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
+            raise InputError(f"{self.path}: is whole, but does not fit this run; delete it to begin the run again, or "
+                             "copy a good one here") from error
+        self.run.write_metrics(metrics)
+        return metrics, state if course else None
+
+    def save(self, state: dict) -> None:
+        """Write a state; the one before is kept. Raises OSError, with both earlier ones intact, if it cannot."""
+        if distributed.rank() == 0:
+            checkpoints.save(self.path, state | {"random": _generators()}, keep=self.before)
+        self._saved = time.monotonic()
+
+    def after_step(self, state: Callable[[], dict]) -> None:
+        """Write the state if it is time to. Raises Stopped, with the state written, if somebody wants to stop."""
+        due = time.monotonic() - self._saved >= 60 * self.minutes
+        wish, due = distributed.highest(self._wish or 0, due)
+        if wish:
+            self._stop(wish, state)
+        if due:
+            self.save(state())
+
+    @contextmanager
+    def calm(self, state: Callable[[], dict]) -> Iterator[None]:
+        """For long work that leaves the state as it is, such as validation: inside, a signal stops at once.
+
+        Several processes finish it, since each waits for the others in it.
+        """
+        self.after_step(state)
+        try:
+            self._calm = distributed.size() == 1
+            yield
+        except _Interrupted as interrupted:
+            self._calm = False
+            self._stop(interrupted.number, state)
+        finally:
+            self._calm = False
+
+    def _stop(self, number: int, state: Callable[[], dict]) -> None:
+        kept = state()
+        self.save(kept)
+        raise Stopped(f"stopped in epoch {kept['epoch']} after {kept['course']['step']} steps, which are kept in "
+                      f"{self.path}; start the same command again to go on from there", CODES[number])
+
+
+class _Interrupted(Exception):
+    def __init__(self, number: int):
+        super().__init__()
+        self.number = number
+
+
+def _with_fields(path, state: dict) -> dict:
+    for name in ("metrics", "random", "optimizer", "course"):
+        if name not in state:
+            raise InputError(f"{path}: is a checkpoint, but not the state of a run (no {name}); delete it to begin "
+                             "this run again, or copy a good one here")
+    return state
+
+
+def _check_progress(state: dict) -> tuple[list[dict], dict | None]:
+    """The metrics of a state, by epoch, and its course. Raises ValueError, or what wrong types lead to."""
+    metrics, course = state["metrics"], state["course"]
+    if [row["epoch"] for row in metrics] != list(range(len(metrics))):
+        raise ValueError("metrics of other epochs")
+    if course is not None and not (course["step"] >= 0 <= course["skipped"] and course["seen"] >= 0.0
+                                   <= course["seconds"] and course["sums"].shape == (3,)):
+        raise ValueError("no course of an epoch")
+    if state["epoch"] != (len(metrics) if course else len(metrics) - 1):
+        raise ValueError("metrics of other epochs")
+    return metrics, course
+
+
+def _generators() -> dict:
+    """The states of all random generators, as tensors and plain values."""
+    version, words, gauss = random.getstate()
+    kind, keys, *rest = np.random.get_state()
+    states = {"torch": torch.get_rng_state(), "python": [version, torch.tensor(words), gauss],
+              "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), *rest]}
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states["cuda"] = torch.cuda.get_rng_state_all()
+    return states
+
+
+def seed_generators(seed: int) -> None:
+    """Seed those of torch, NumPy and Python."""
+    torch.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+def _set_generators(states: dict) -> None:
+    """Put all random generators where they were when a state's `random` was written."""
+    torch.set_rng_state(states["torch"])
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words.tolist()), gauss))
+    kind, keys, *rest = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
+    if "cuda" in states and torch.cuda.device_count() == len(states["cuda"]):
+        torch.cuda.set_rng_state_all(states["cuda"])

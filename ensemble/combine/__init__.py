@@ -1,0 +1,1 @@
+"""Combining the predictions of a committee's members."""

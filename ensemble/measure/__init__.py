@@ -1,0 +1,1 @@
+"""Measuring a committee: metrics, disagreement, significance, shifted images."""
