@@ -28,7 +28,7 @@ from conas.runs.folder import list_checkpoints
 from conas.runs.options import STAGES, TestOptions
 from conas.runs.scores import Scores
 from ensemble import language
-from ensemble.combine.committee import Committee, common_epochs
+from ensemble.combine.committee import Committee, check_same_images, common_epochs
 from ensemble.combine.fit import FITTED, RULES, Fit, fit
 from ensemble.combine.selection import OBJECTIVES
 from ensemble.measure.metrics import confusion_matrix, softmax
@@ -142,13 +142,22 @@ def files_of(pattern: str) -> list[Path]:
 
 
 def try_fit(pool: Pool, ours: CommitteeOptions, options: TestOptions) -> Fit | None:
-    """Fit on held-out images. Without those, None if nothing has to be fitted, else InputError."""
+    """Fit on the held-out images of all. Without such, None if nothing has to be fitted, else InputError."""
+    without = "and so no calibration and no test of the gain over the best member"
     try:
         scores = score(pool, options, "valid")
     except InputError as error:
         if ours.combination in FITTED or ours.temperatures:
             raise
-        print(f"no held-out images, and so no calibration and no test of the gain over the best member: {error}\n")
+        print(f"no held-out images, {without}: {error}\n")
+        return None
+    try:
+        check_same_images(scores)
+    except InputError as error:
+        if ours.combination in FITTED or ours.temperatures:
+            raise
+        check_same_images(score(pool, options))  # those with other test images are no committee at all
+        print(f"no held-out images in common, {without}: {error}\n")
         return None
     return fit(scores, ours.combination, size=ours.size, width=ours.width, objective=ours.objective,
                temperatures=ours.temperatures or ())

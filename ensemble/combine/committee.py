@@ -104,8 +104,10 @@ def stack_logits(members: Mapping[str, Scores]) -> Tensor:
 
 
 def check_same_images(members: Mapping[str, Scores]) -> None:
-    """Raise InputError naming two members that were not tested on the same images in the same order."""
+    """Raise InputError naming two members whose scores are not of the same images in the same order."""
     (name, one), *others = members.items()
+    saw, so = (("hold out", "so that nothing can be fitted to both") if one.split == "valid" else
+               ("were tested on", "and cannot be combined"))
     for other_name, other in others:
         for what, same in (
                 (f"data sets ({one.dataset} and {other.dataset})", one.dataset == other.dataset),
@@ -115,9 +117,9 @@ def check_same_images(members: Mapping[str, Scores]) -> None:
                 ("images, or the same in another order", one.fingerprint == other.fingerprint),
                 ("labels", torch.equal(one.labels, other.labels))):
             if not same:
-                raise InputError(f"{name} (epoch {one.epoch}) and {other_name} (epoch {other.epoch}) were tested on "
-                                 f"different {what}, and cannot be combined; search and test both with the same data "
-                                 "flags, or choose other members with --spaces or --members")
+                raise InputError(f"{name} (epoch {one.epoch}) and {other_name} (epoch {other.epoch}) {saw} different "
+                                 f"{what}, {so}; search and test both with the same data flags, or choose other "
+                                 "members with --spaces or --members")
 
 
 def common_epochs(members: Mapping[str, Collection[int]]) -> tuple[list[int], dict[str, list[int]]]:

@@ -70,7 +70,7 @@ class Page:
             tiles.append(_gain(f"{over['name']}, the best member on held-out images", over))
         else:
             tiles.append((f"gain over {self.last['best_member']}, the best member on these test images",
-                          f"{self.last['gain']:+.2f} points", "no interval: no held-out images to choose it on"))
+                          f"{self.last['gain']:+.2f} points", "no interval: no common held-out images to choose it on"))
         if other := gain["over_other"]:
             tiles.append(_gain(f"the committee {other['name']}", other))
         varied = ours["diversity"]

@@ -212,6 +212,39 @@ def test_members_are_checkpoints_of_any_spaces_seeds_and_epochs(root, monkeypatc
     assert over["loss"]["gain"] == pytest.approx(metrics.nll(rivals.probabilities, rivals.labels) - ours["loss"])
 
 
+@pytest.mark.parametrize("change", [
+    lambda scores: dataclasses.replace(scores, labels=scores.labels[:20], logits=scores.logits[:20]),  # a tenth
+    lambda scores: dataclasses.replace(scores, fingerprint="of another --split_seed"),
+])
+def test_members_with_unlike_held_out_images_are_combined_by_plain_rules(root, monkeypatch, capsys, change):
+    for n in (1, 2, 3):
+        add_run(root, n, [0])
+    (root / "cnn_space2/search-EXP").rename(root / "cnn_space2/train-EXP")
+    path = root / "cnn_space2/train-EXP/probabilities/epoch_000.valid.npz"
+    save_scores(path, change(load_scores(path)))
+    flags = ["--members", "cnn_space*/*/checkpoints/epoch_000.pt"]
+    code, out, err = start(monkeypatch, capsys, *flags, "--against", "cnn_space[12]/*/checkpoints/*.pt")
+    assert (code, err) == (0, "")
+    line = out.splitlines()[0]
+    assert line.startswith("no held-out images in common, and so no calibration and no test of the gain over the best "
+                           "member: cnn_space1/search-EXP 000 (epoch 0) and cnn_space2/train-EXP 000 (epoch 0) hold")
+    assert "calibrated" not in out.split(line)[1]
+    summary = result(root)
+    assert summary["held_out"] is None and summary["significance"]["over_best_member"] is None
+    assert summary["significance"]["over_other"] is not None
+    members = {str(n): make_scores("", 0, n) for n in (1, 2, 3)}
+    assert summary["epochs"][0]["committee"]["loss"] == metrics.nll(Committee(members).probabilities,
+                                                                   members["1"].labels)
+    for fitted in (["--combination", "weighted"], ["--combination", "greedy"], ["--temperatures", "members"]):
+        code, _, err = start(monkeypatch, capsys, *flags, *fitted)
+        assert code == 2 and err.count("\n") == 1 and "hold out different" in err and "nothing can be fitted" in err
+
+    path = root / "cnn_space2/train-EXP/probabilities/epoch_000.npz"  # other test images, too
+    save_scores(path, change(load_scores(path)))
+    code, out, err = start(monkeypatch, capsys, *flags)
+    assert (code, out) == (2, "") and "were tested on different" in err and "cannot be combined" in err
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--members", "nothing/*.pt"], "--members nothing/*.pt: no checkpoint has such a path"),
     (["--members", "cnn_space1/search-EXP/checkpoints/epoch_000.pt"], "a committee needs two members"),
