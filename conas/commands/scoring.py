@@ -6,10 +6,10 @@ import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 from tqdm import tqdm
 
 from conas import distributed
@@ -26,7 +26,7 @@ from conas.files import write_text
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import best_checkpoint, folder_name, list_checkpoints
 from conas.runs.options import STAGES, StageOptions, TestOptions
-from conas.runs.scores import Scores, load_scores, save_scores, topk_accuracy
+from conas.runs.scores import Scores, finite_rows, load_scores, mean_loss, remark, save_scores, topk_accuracy
 
 TOGETHER = 8  # networks in memory at a time
 MANY = 8  # batches from which on it pays to record a graph
@@ -59,11 +59,30 @@ def predict_all(networks: Sequence[nn.Module], images: ImageSet, batch_size: int
     return [torch.cat(of_one) for of_one in zip(*filter(None, parts))]
 
 
+class Validation(NamedTuple):
+    """Loss in nats, NaN if a prediction is not finite; accuracy in percent; which predictions are not finite."""
+
+    loss: float
+    top1: float
+    not_finite: int
+    count: int
+
+    @property
+    def remark(self) -> str:
+        """For the line of an epoch: how many predictions are not finite, if some are not."""
+        return f"  ({remark(self.not_finite, self.count)})" if self.not_finite else ""
+
+    def remarks(self) -> dict:
+        """For the epoch's line of metrics: the number of predictions that are not finite, if some are not."""
+        return {"not_finite": self.not_finite} if self.not_finite else {}
+
+
 def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torch.device, workers: int = 0,
-             crop: int | None = None) -> tuple[float, float]:
-    """Loss in nats and accuracy in percent on the images of `indices`, which the weights have not seen."""
+             crop: int | None = None) -> Validation:
+    """Loss and accuracy on the images of `indices`, which the weights have not seen."""
     logits, labels = predict(network, images, 256, device, indices, workers, crop), images.labels[indices]
-    return cross_entropy(logits, labels).item(), 100 * topk_accuracy(logits, labels)
+    return Validation(mean_loss(logits, labels), 100 * topk_accuracy(logits, labels),
+                      int((~finite_rows(logits)).sum()), len(labels))
 
 
 _load = lru_cache(maxsize=2)(load)  # all checkpoints of a run are tested on the same images
@@ -207,7 +226,8 @@ class _Question:
 def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str], None] = tqdm.write) -> list[dict]:
     """Test every checkpoint of a run; one row for each: epoch, loss (nats), top1, top5 (percent).
 
-    Rows go to `show` as they come, and to test_all.csv in the run's folder. Several processes call it alike.
+    Rows go to `show` as they come, and to test_all.csv in the run's folder. Predictions that are not finite are wrong,
+    make the loss NaN, and are counted in the row that is shown. Several processes call it alike.
     """
     folder = run_folder(space, stage, options)
     rows = []
@@ -216,7 +236,7 @@ def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str
         scores = scores_for(space, path, options)
         row = {"epoch": epoch, "loss": scores.loss(), "top1": scores.top(1), "top5": scores.top(5)}
         show(f"{space.name}  epoch {epoch:3d}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f} %  "
-             f"top-5 {row['top5']:6.2f} %")
+             f"top-5 {row['top5']:6.2f} %{_counted(scores)}")
         rows.append(row)
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
@@ -227,10 +247,19 @@ def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str
     show(f"{STAGES[stage]}: {len(rows)} checkpoints, {len(scores.labels)} test images of {scores.dataset}: "
          f"{folder / 'test_all.csv'}")
     if stage == "train":
-        best = scores_for(space, best_checkpoint(folder), options)
+        try:
+            path = best_checkpoint(folder)
+        except InputError as error:  # no epoch was fit to be the best
+            show(str(error))
+            return rows
+        best = scores_for(space, path, options)
         show(f"{space.name}  best on held-out images, of epoch {best.epoch}: loss {best.loss():.4f}, "
-             f"top-1 {best.top(1):.2f} %, top-5 {best.top(5):.2f} %")
+             f"top-1 {best.top(1):.2f} %, top-5 {best.top(5):.2f} %{_counted(best)}")
     return rows
+
+
+def _counted(scores: Scores) -> str:
+    return f"  {scores.remark}, and count as wrong" if scores.not_finite else ""
 
 
 test_all.__test__ = False  # a command, not a pytest test

@@ -35,8 +35,9 @@ from conas.runs.options import (
     SupernetOptions,
     WeightOptions,
 )
-from conas.runs.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
+from conas.runs.progress import Course, announce, cosine, descend, resumed, snapshot, tell_not_finite, tell_skipped
 from conas.runs.resume import Keeper, seed_generators
+from conas.runs.scores import is_right
 
 GROUPS = (DataOptions, AugmentOptions, SupernetOptions, WeightOptions, AlphaOptions, RunOptions, KeepOptions,
           ProcessOptions, SpeedOptions)
@@ -68,7 +69,7 @@ def weight_step(network: Supernet, optimizer: torch.optim.Optimizer, batch: Batc
     for p, part in zip(weights, w.grad.split([p.numel() for p in weights])):
         part = part.view(p.shape)  # the fused optimizer takes it in the order of memory
         p.grad = part if p.is_contiguous() else torch.empty_like(p).copy_(part)
-    hits = (logits.argmax(dim=1) == labels).sum()
+    hits = is_right(logits, labels).sum()
     loss, hits = distributed.after_backward(network, optimizer, loss, hits, len(labels))
     return descend(optimizer, loss, grad_clip, before), hits
 
@@ -181,11 +182,11 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                 keeper.after_step(state)
 
             with keeper.calm(state), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                valid_loss, valid_accuracy = validate(network, images, halves[1], device, data.workers)
+                valid = validate(network, images, halves[1], device, data.workers)
             metrics.append({"epoch": epoch, "learning_rate": lr, "train_loss": course.loss, "train_top1": course.top1,
-                            "valid_loss": valid_loss, "valid_top1": valid_accuracy} | course.remarks())
+                            "valid_loss": valid.loss, "valid_top1": valid.top1} | course.remarks() | valid.remarks())
             run.log(f"epoch {epoch:3d}  rate {lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %  "
-                    f"valid {valid_loss:.4f} {valid_accuracy:6.2f} %  {course.rate:.0f} images/s")
+                    f"valid {valid.loss:.4f} {valid.top1:6.2f} %{valid.remark}  {course.rate:.0f} images/s")
             begun = None
             distributed.check_network("weights and alphas", network)
             write_epoch(keeper, state() | {"course": None})
@@ -222,6 +223,7 @@ def finish(run: Run, genotype: genotypes.Genotype, metrics: list[dict]) -> None:
     if distributed.rank():
         return
     tell_skipped(run, metrics)
+    tell_not_finite(run, metrics)
     pictures = draw_genotype(genotype, run.folder / "cells")
     run.log(str(genotype))
     run.log(f"pictures of the cells: {', '.join(str(path) for path in pictures)}")

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from conas import distributed
 from conas.cli import find_device, option, parse
@@ -23,7 +22,7 @@ from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import best_checkpoint, folder_name
 from conas.runs.options import RECIPES, ROOT, ModelOptions, TestOptions
-from conas.runs.scores import topk_accuracy
+from conas.runs.scores import finite_rows, mean_loss, remark, topk_accuracy
 
 
 @dataclass
@@ -60,7 +59,8 @@ def measure(network: nn.Module, images: ImageSet, options: TestOptions, crop: in
     """What a network does on a test split.
 
     top1_error and top5_error in percent, loss in nats, parameters without an auxiliary head, multiply_adds for one
-    image, images_per_second with their preparation.
+    image, images_per_second with their preparation; images, and how many of them have a prediction that is not_finite:
+    those are errors, and make the loss NaN.
     """
     device = find_device(options.device)
     some = torch.arange(min(options.batch_size, len(images)))
@@ -71,10 +71,11 @@ def measure(network: nn.Module, images: ImageSet, options: TestOptions, crop: in
     size = crop or images.info.image_size
     return {"top1_error": 100 * (1 - topk_accuracy(logits, images.labels)),
             "top5_error": 100 * (1 - topk_accuracy(logits, images.labels, 5)),
-            "loss": cross_entropy(logits.double(), images.labels).item(),
+            "loss": mean_loss(logits, images.labels),
             "parameters": count_parameters(network),
             "multiply_adds": flops(network, (images.info.channels, size, size)),
-            "images_per_second": len(images) / seconds}
+            "images_per_second": len(images) / seconds,
+            "images": len(images), "not_finite": int((~finite_rows(logits)).sum())}
 
 
 def differences(published: Published, network: DerivedNetwork, images: ImageSet) -> list[str]:
@@ -94,8 +95,13 @@ def differences(published: Published, network: DerivedNetwork, images: ImageSet)
 
 
 def as_text(figures: Mapping[str, float], published: Mapping[str, float]) -> str:
-    """The figures of `measure`, one a line, each beside the published one, if there is one."""
+    """The figures of `measure`, one a line, each beside the published one, if there is one.
+
+    First comes the number of predictions that are not finite, if some are not.
+    """
     lines = []
+    if figures.get("not_finite"):
+        lines.append(f"{remark(figures['not_finite'], figures['images'])}, and count as wrong")
     for name, text in (("top1_error", "top-1 {accuracy:6.2f} %   error {value:.2f} %"),
                        ("top5_error", "top-5 {accuracy:6.2f} %   error {value:.2f} %"),
                        ("loss", "loss {value:.4f}"), ("parameters", "parameters {millions:.2f} M"),
@@ -157,7 +163,11 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
         images = load_images(path, checkpoint["dataset"], options.data, "test", options.skip_bad_images)
         print(f"{path}: {space.name}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")
     print(f"{images.info.name}: {len(images)} test images, {images.info.num_classes} classes")
-    print(as_text(measure(network, images, options, crop), beside))
+    figures = measure(network, images, options, crop)
+    print(as_text(figures, beside))
+    if model.export and figures["not_finite"]:
+        raise InputError(f"--export {model.export}: not written, since "
+                         f"{remark(figures['not_finite'], figures['images'])}; name another network with --model_path")
     if model.export and distributed.rank() == 0:
         checkpoints.export(model.export, checkpoint)
         print(f"written: {model.export}")

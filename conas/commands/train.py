@@ -24,6 +24,7 @@ from conas.engine import batchnorm as synced
 from conas.engine.precision import compiler_works, find_precision
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
+from conas.runs.best import best_epoch, mend_best, require_best
 from conas.runs.folder import Run, begun_with, best_checkpoint, folder_name, suffixes_of
 from conas.runs.options import (
     DataOptions,
@@ -36,6 +37,7 @@ from conas.runs.options import (
 )
 from conas.runs.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.runs.resume import Keeper, seed_generators
+from conas.runs.scores import is_right
 
 GROUPS = (DataOptions, NetworkOptions, RecipeOptions, HeldOutOptions, TrainRunOptions, KeepOptions, ProcessOptions)
 
@@ -92,8 +94,10 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
         metrics, unfinished = resume(keeper, network, optimizer, about)
         begun = unfinished and unfinished["course"]
         start = len(metrics)
+        mend_best(run, metrics)
         if is_finished(metrics, recipe.epochs, held_out.patience):
             run.log(f"{run.folder}: this training is finished; --save NAME starts another")
+            require_best(run, metrics)
             return run.folder
         run.log(f"{space.name}: the cells of {where}, {shape.layers} of them, {shape.init_channels} channels, "
                 f"{count_parameters(network):,} parameters; {'resumed' if start or begun else origin_of_weights}")
@@ -133,13 +137,14 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
             row = {"epoch": epoch, "learning_rate": lr, "drop_path_prob": network.drop_path_prob,
                    "train_loss": course.loss, "train_top1": course.top1, "valid_loss": None, "valid_top1": None}
             text = f"epoch {epoch:3d}  rate {lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %"
+            looked_at = parts[1] if len(parts[1]) else parts[0][:256]  # some to see whether predictions are finite
+            with keeper.calm(state), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                found = validate(network, images, looked_at, device, data.workers, crop)
             if len(parts[1]):
-                with keeper.calm(state), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                    row["valid_loss"], row["valid_top1"] = validate(network, images, parts[1], device, data.workers,
-                                                                    crop)
-                text += f"  held out {row['valid_loss']:.4f} {row['valid_top1']:6.2f} %"
-            metrics.append(row | course.remarks())
-            run.log(f"{text}  {course.rate:.0f} images/s")
+                row |= {"valid_loss": found.loss, "valid_top1": found.top1}
+                text += f"  held out {found.loss:.4f} {found.top1:6.2f} %"
+            metrics.append(row | course.remarks() | found.remarks())
+            run.log(f"{text}{found.remark}  {course.rate:.0f} images/s")
             begun = None
             last = is_finished(metrics, recipe.epochs, held_out.patience)
             distributed.check_network("weights", network)
@@ -147,8 +152,11 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
             if last:
                 break
         tell_skipped(run, metrics)
-        best = metrics[best_epoch(metrics)]
-        chosen = "the last" if best["valid_top1"] is None else f"{best['valid_top1']:.2f} % of the held-out images"
+        best = require_best(run, metrics)
+        if best["valid_top1"] is not None:
+            chosen = f"{best['valid_top1']:.2f} % of the held-out images"
+        else:
+            chosen = "the last" if best is metrics[-1] else "the last whose predictions are finite"
         run.log(f"best network: epoch {best['epoch']}, {chosen}: {best_checkpoint(run.folder)}")
         return run.folder
 
@@ -171,7 +179,7 @@ def train_step(forward: nn.Module, optimizer: torch.optim.Optimizer, batch: tupl
             total = loss + auxiliary_weight * cross_entropy(auxiliary, labels, label_smoothing=recipe.label_smooth)
     optimizer.zero_grad(set_to_none=True)
     distributed.weighed(total, len(labels)).backward()
-    hits = (logits.argmax(dim=1) == labels).sum()
+    hits = is_right(logits, labels).sum()
     loss, hits = distributed.after_backward(forward, optimizer, distributed.weighed(loss, len(labels)), hits,
                                             len(labels))
     return descend(optimizer, loss, recipe.grad_clip, before), hits
@@ -196,16 +204,10 @@ def split(labels: Tensor, held_out: HeldOutOptions) -> list[Tensor]:
     return parts
 
 
-def best_epoch(metrics: list[dict]) -> int:
-    """The first epoch with the most right answers on the held-out images, by loss if several; else the last."""
-    if metrics[-1]["valid_top1"] is None:
-        return len(metrics) - 1
-    return max(range(len(metrics)), key=lambda i: (metrics[i]["valid_top1"], -metrics[i]["valid_loss"]))
-
-
 def is_finished(metrics: list[dict], epochs: int, patience: int | None) -> bool:
-    """Whether all epochs are done, or `patience` of them since the best."""
-    waited = len(metrics) - 1 - best_epoch(metrics) if metrics else 0
+    """Whether all epochs are done, or `patience` of them since the best; as long as there is none, since the start."""
+    best = best_epoch(metrics)
+    waited = len(metrics) - (0 if best is None else best + 1)
     return len(metrics) >= epochs or (patience is not None and waited >= patience)
 
 

@@ -35,8 +35,12 @@ class Genotype(NamedTuple):
 def strongest(alphas: Tensor, primitives: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Of every edge its best operation other than `none`, in softmax probability: that, and its index, (E,) each.
 
-    Of equal ones the first (DARTS, section 2.4). Alphas are (E, len(primitives)).
+    Of equal ones the first (DARTS, section 2.4). Alphas are (E, len(primitives)). Raises InputError for alphas that are
+    not finite, which say nothing.
     """
+    if not alphas.isfinite().all():
+        raise InputError("no cell follows from these alphas, since some are NaN or infinite; search again with a lower "
+                         "--learning_rate or --arch_learning_rate under another --save name")
     strength = torch.softmax(alphas.detach().double().cpu(), dim=-1)
     if "none" in primitives:
         strength[:, list(primitives).index("none")] = -1

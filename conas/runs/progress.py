@@ -129,6 +129,13 @@ def tell_skipped(run: Run, metrics: list[dict]) -> None:
         run.log(f"{skipped} steps were skipped, since their losses or gradients were not finite")
 
 
+def tell_not_finite(run: Run, metrics: list[dict]) -> None:
+    """Say at the end of a search that its last network computes predictions that are not finite, if it does."""
+    if metrics and metrics[-1].get("not_finite"):
+        run.log("warning: the last network's predictions on the images for alphas are not all finite, and cells that "
+                "it found may be as bad; search again with a lower --learning_rate under another --save name")
+
+
 SHORTER = "--dataset digits with few --epochs, --layers and --init_channels is a matter of minutes"
 
 

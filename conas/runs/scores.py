@@ -1,4 +1,9 @@
-"""What checkpoints say of images: logits, where they come from, and files that hold both."""
+"""What checkpoints say of images: logits, where they come from, and files that hold both.
+
+A prediction is finite if the scores of all its classes are. One that holds NaN or an infinity, also minus infinity, is
+wrong by every measure here: it has no order of classes that could be compared with the label.
+"""
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,13 +19,36 @@ from conas.files import atomic_path, check_regular, check_zip
 def topk_accuracy(scores: Tensor, labels: Tensor, k: int = 1) -> float:
     """Fraction of images whose label is among the k classes of highest score; scores (N, K), labels (N,).
 
-    Of equal scores the first counts as higher, as for argmax. With k >= K this is 1: a top-5 of four classes says
-    nothing.
+    Of equal scores the first counts as higher, as for argmax. A prediction that is not finite is wrong for every k.
+    With k >= K all others are right: a top-5 of four classes says nothing.
     """
     own = scores.gather(1, labels[:, None])
     earlier = torch.arange(scores.shape[1], device=labels.device) < labels[:, None]
     before = (scores > own) | ((scores == own) & earlier)
-    return (before.sum(dim=1) < k).double().mean().item()
+    right = (before.sum(dim=1) < k) & finite_rows(scores)
+    return right.double().mean().item()
+
+
+def finite_rows(scores: Tensor) -> Tensor:
+    """Which predictions are finite: (..., N) bool of scores (..., N, K)."""
+    return scores.isfinite().all(dim=-1)
+
+
+def is_right(scores: Tensor, labels: Tensor) -> Tensor:
+    """Which images are recognised: (..., N) bool of scores (..., N, K) and labels (N,)."""
+    return (scores.argmax(dim=-1) == labels) & finite_rows(scores)
+
+
+def mean_loss(logits: Tensor, labels: Tensor) -> float:
+    """Mean cross-entropy of logits (N, K) in nats, in float64; NaN if a prediction is not finite. Labels (N,)."""
+    if not finite_rows(logits).all():
+        return math.nan
+    return cross_entropy(logits.double(), labels).item()
+
+
+def remark(not_finite: int, count: int) -> str:
+    """What is to be said of `count` predictions of which so many are not finite; nothing if all are."""
+    return f"{not_finite} of {count} predictions are not finite" if not_finite else ""
 
 
 @dataclass
@@ -41,16 +69,26 @@ class Scores:
 
     @property
     def probabilities(self) -> Tensor:
-        """(N, K) float32: the softmax of the logits."""
-        return self.logits.softmax(dim=1)
+        """(N, K) float32: the softmax of the logits; NaN for a prediction that is not finite."""
+        return self.logits.softmax(dim=1).masked_fill(~finite_rows(self.logits)[:, None], math.nan)
+
+    @property
+    def not_finite(self) -> int:
+        """The number of predictions that are not finite."""
+        return len(self.logits) - int(finite_rows(self.logits).sum())
+
+    @property
+    def remark(self) -> str:
+        """A line on the predictions that are not finite; empty if all are."""
+        return remark(self.not_finite, len(self.logits))
 
     def top(self, k: int) -> float:
-        """Accuracy in percent when the k best classes count."""
+        """Accuracy in percent when the k best classes count; predictions that are not finite are wrong."""
         return 100 * topk_accuracy(self.logits, self.labels, k)
 
     def loss(self) -> float:
-        """Mean cross-entropy in nats."""
-        return cross_entropy(self.logits.double(), self.labels).item()
+        """Mean cross-entropy in nats; NaN if a prediction is not finite."""
+        return mean_loss(self.logits, self.labels)
 
 
 def save_scores(path: Path, scores: Scores) -> None:

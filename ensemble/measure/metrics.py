@@ -1,12 +1,15 @@
 """Measures of probabilities against labels, all computed in float64.
 
 Everywhere: `probabilities` (N, K) with rows that sum to 1, `labels` (N,) int64 in [0, K); p_nk is the probability of
-class k for image n, y_n its label. Accuracies and errors are fractions, not percent.
+class k for image n, y_n its label. Accuracies and errors are fractions, not percent. An image for which a probability
+is NaN or infinite is wrong, has no place in a confusion matrix, and makes every mean of losses NaN.
 """
+import math
+
 import torch
 from torch import Tensor
 
-from conas.runs.scores import topk_accuracy
+from conas.runs.scores import finite_rows, is_right, topk_accuracy
 
 __all__ = ["adaptive_ece", "bin_numbers", "brier", "confusion_matrix", "ece", "nll", "per_class_accuracy", "softmax",
            "topk_accuracy"]
@@ -27,14 +30,14 @@ def nll(probabilities: Tensor, labels: Tensor) -> float:
 
     A probability below the smallest normal float64 counts as that: ruling a label out costs 708 nats, not infinity.
     """
-    own = probabilities.double().gather(1, labels[:, None])
-    return -own.clamp_min(torch.finfo(torch.float64).tiny).log().mean().item()
+    own = probabilities.double().gather(1, labels[:, None])[:, 0].clamp_min(torch.finfo(torch.float64).tiny)
+    return -_or_nan(own.log(), probabilities).mean().item()
 
 
 def brier(probabilities: Tensor, labels: Tensor) -> float:
     """Brier score: the mean over images of sum_k (p_nk - [k = y_n])^2, from 0 to 2. Brier, 1950."""
     errors = probabilities.double() - torch.nn.functional.one_hot(labels, probabilities.shape[1])
-    return errors.square().sum(dim=1).mean().item()
+    return _or_nan(errors.square().sum(dim=1), probabilities).mean().item()
 
 
 def ece(probabilities: Tensor, labels: Tensor, bins: int = 15) -> float:
@@ -79,17 +82,23 @@ def _by_confidence(gap: Tensor, confidence: Tensor) -> tuple[Tensor, Tensor]:
 
 def _overconfidence(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """(N,) confidence minus correctness, and (N,) confidence."""
-    confidence = probabilities.double().amax(dim=1)
-    return confidence - (probabilities.argmax(dim=1) == labels).double(), confidence
+    confidence = _or_nan(probabilities.double().amax(dim=1), probabilities)
+    return confidence - is_right(probabilities, labels).double(), confidence
+
+
+def _or_nan(values: Tensor, probabilities: Tensor) -> Tensor:
+    """`values` (N,) of images, NaN for those whose probabilities (N, K) are not all finite."""
+    return values.masked_fill(~finite_rows(probabilities), math.nan)
 
 
 def confusion_matrix(probabilities: Tensor, labels: Tensor) -> Tensor:
     """(K, K) int64: how many images of class i (rows) have their most probable class j (columns)."""
-    K = probabilities.shape[1]
-    return torch.bincount(labels * K + probabilities.argmax(dim=1), minlength=K * K).view(K, K)
+    K, answered = probabilities.shape[1], finite_rows(probabilities)
+    fields = labels[answered] * K + probabilities[answered].argmax(dim=1)
+    return torch.bincount(fields, minlength=K * K).view(K, K)
 
 
 def per_class_accuracy(probabilities: Tensor, labels: Tensor) -> Tensor:
     """(K,) float64: the fraction of each class's images that are recognised (its recall); NaN for a class without."""
-    matrix = confusion_matrix(probabilities, labels).double()
-    return matrix.diagonal() / matrix.sum(dim=1)
+    counts = torch.bincount(labels, minlength=probabilities.shape[1]).double()
+    return confusion_matrix(probabilities, labels).diagonal() / counts
