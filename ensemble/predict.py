@@ -11,9 +11,9 @@ import io
 import os
 import sys
 import time
-import warnings
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from conas.cli import Parser, find_device, run
+from conas.data.decoding import decode_all
 from conas.data.imagefiles import ImageFiles
 from conas.data.listing import IRREGULAR, Listing
 from conas.errors import InputError, one_line
@@ -66,9 +67,13 @@ def find_images(paths: Sequence[str]) -> list[str]:
 def read_image(path: str, image_size: int, channels: int) -> Tensor | InputError:
     """uint8 (channels, image_size, image_size), prepared as for training; or what is wrong with the file."""
     try:
-        pixels = ImageFiles(Path(), [path]).decode(0, image_size)
+        return _in_channels(ImageFiles(Path(), [path]).decode(0, image_size), channels)
     except InputError as error:
         return error
+
+
+def _in_channels(pixels: Tensor, channels: int) -> Tensor:
+    """RGB images (3, H, W), or grey ones (1, H, W), as Pillow converts them."""
     if channels == 3:
         return pixels
     return torch.from_numpy(np.array(Image.fromarray(pixels.permute(1, 2, 0).numpy()).convert("L")))[None]
@@ -80,18 +85,19 @@ def predict(network: CommitteeNetwork, paths: Sequence[str], top_k: int = 1, bat
     """One row for each readable image, in order: image, class, probability, entropy, mutual_information (nats), top
     (`top_k` pairs of class and probability, best first) and votes (by member: class and probability).
 
-    Images are decoded a batch at a time, so memory does not grow with their number. Others go to `complain`.
+    Images are decoded a few batches ahead, so memory does not grow with their number. Others go to `complain`.
     """
     device, size = network.pixel_mean.device, network.dataset["image_size"]
-    with ThreadPoolExecutor() as pool, warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")  # about oddities of files that it can read nevertheless
+    files = ImageFiles(Path(), list(paths))
+    title = None if sys.stdout.isatty() else "decoding"  # on a terminal the rows themselves show how far it is
+    with closing(decode_all(partial(files.decode, image_size=size), len(paths), size, files, title)) as images:
         for start in range(0, len(paths), batch_size):
-            batch = paths[start:start + batch_size]
-            images = list(pool.map(lambda path: read_image(path, size, network.channels), batch))
-            good = [(path, image) for path, image in zip(batch, images) if isinstance(image, Tensor)]
-            for image in images:
+            good = []
+            for path, image in zip(paths[start:start + batch_size], images):
                 if isinstance(image, InputError):
                     complain(image)
+                else:
+                    good.append((path, _in_channels(image, network.channels)))
             if good:
                 logits = network.logits(torch.stack([image for _, image in good]).to(device)).cpu()
                 yield from _rows(network, [path for path, _ in good], logits, top_k)

@@ -1,10 +1,8 @@
 """Image sets: `load` gives one split of a data set by its name, with everything that depends on the data set."""
 import hashlib
 import sys
-import warnings
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -12,10 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from conas import distributed
 from conas.data.augment import central, normalise, resized
+from conas.data.decoding import decode_all, quiet_decoders
 from conas.data.imagefiles import ImageFiles
 from conas.data.listing import Listing
 from conas.data.sources import READERS, SPLIT_SEED
@@ -150,7 +148,7 @@ class _Batches(Dataset):
 
     def __getitem__(self, indices: list[int]) -> tuple[Tensor, Tensor] | InputError:
         try:
-            with _quiet():
+            with quiet_decoders():
                 return torch.stack([self.images[i] for i in indices]), self.labels[indices]
         except InputError as error:
             return error  # raised here, it would reach the user inside a worker's traceback
@@ -222,22 +220,16 @@ def _hold(images: Tensor | ImageFiles, info: DataInfo, skip: bool) -> tuple[Tens
     if large and not skip:
         return lazy, bad
     held = None if large else torch.empty(shape, dtype=torch.uint8)
-
-    def fill(i: int) -> None:
-        try:
-            image = lazy[i]
-        except InputError as error:
-            if not skip:
-                raise
-            bad[i] = error
-            return
-        if held is not None:
-            held[i] = image
-
-    with _quiet(), ThreadPoolExecutor() as pool:  # decoders and resizing release Python's lock
-        for _ in tqdm(pool.map(fill, range(len(lazy))), total=len(lazy), desc=f"{info.name}: decoding", leave=False,
-                      disable=distributed.quiet()):
-            pass
+    files = images if isinstance(images, ImageFiles) else None
+    with closing(decode_all(lazy.__getitem__, len(lazy), info.image_size, files, f"{info.name}: decoding")) as decoded:
+        for i, image in enumerate(decoded):
+            if isinstance(image, Tensor):
+                if held is not None:
+                    held[i] = image
+            elif skip:
+                bad[i] = image
+            else:
+                raise image
     return (lazy if large else held), bad
 
 
@@ -246,14 +238,6 @@ def _say_once(text: str) -> None:
     """Print a line on stderr, if no process of this run has done so before: both splits may be of one folder."""
     if distributed.says_it_first(text):
         print(one_line(text), file=sys.stderr)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Without Pillow's remarks about oddities of files that it can read nevertheless."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module="PIL")
-        yield
 
 
 def _tell(bad: dict[int, InputError], classes: Sequence[str], before: Tensor, after: Tensor, split: str) -> None:
