@@ -65,7 +65,7 @@ class Contestant:
                 architect.step(train, valid, lr)
                 return weight_step(ours, optimizer, train, RECIPE.grad_clip)
 
-            replayed = Replayed(both, optimizer, batch_size, train[0].device, self)
+            replayed = Replayed(both, optimizer, batch_size, train[0].device, self.log)
             self.graph = lambda: replayed(train, valid, rate)
 
     def log(self, text: str) -> None:

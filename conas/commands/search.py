@@ -19,9 +19,8 @@ from conas.data.images import load
 from conas.draw.cell import draw_genotype
 from conas.draw.tensorboard import Board
 from conas.engine.cuda_graph import Replayed, graph_fits, on_device
-from conas.engine.precision import checkpointed, compile_cells, find_precision, set_tf32
+from conas.engine.precision import checkpointed, find_precision, set_tf32
 from conas.errors import InputError
-from conas.files import write_json
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run, begun_with, folder_name, suffixes_of
 from conas.runs.options import (
@@ -36,7 +35,7 @@ from conas.runs.options import (
     WeightOptions,
 )
 from conas.runs.progress import Course, announce, cosine, descend, resumed, snapshot, tell_not_finite, tell_skipped
-from conas.runs.resume import Keeper, seed_generators
+from conas.runs.resume import Keeper, seed_generators, write_epoch
 from conas.runs.scores import is_right
 
 GROUPS = (DataOptions, AugmentOptions, SupernetOptions, WeightOptions, AlphaOptions, RunOptions, KeepOptions,
@@ -142,16 +141,14 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                 return weight_step(network, optimizer, train_batch, weights.grad_clip, skip, amp)
             return None
 
-        if speed.compile:
-            compile_cells(network, (weights.batch_size, images.info.channels, *[images.info.image_size] * 2), run)
         if speed.checkpoint_cells:
             network.run_cell = checkpointed(network.run_cell)
-        graph = device.type == "cuda" and not speed.compile if speed.cuda_graph is None else speed.cuda_graph
-        graph = graph and graph_fits(device, skip, run)
+        graph = device.type == "cuda" if speed.cuda_graph is None else speed.cuda_graph
+        graph = graph and graph_fits(device, skip, run.log)
         for own in (optimizer, architect.alpha_optimizer):
             on_device(own, graph)
         if graph:
-            iterate = Replayed(iterate, optimizer, weights.batch_size, device, run)
+            iterate = Replayed(iterate, optimizer, weights.batch_size, device, run.log)
 
         done = start * train.steps + (begun["step"] if begun else 0)
         train_batches, valid_batches = train.batches(done), valid.batches(done)
@@ -175,7 +172,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                     course.skip_step()
                 else:
                     course.add(*result, train.size(step))
-                if epoch == start and step == 4 and not speed.compile:  # compiling happens in the first steps
+                if epoch == start and step == 4:
                     announce(run, course.seconds / 5 * train.steps * (weights.epochs - start))
                 if (step + 1) % options.report_freq == 0:
                     distributed.check_network("weights and alphas", network)
@@ -194,17 +191,6 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                 board.epoch(metrics[-1], network.alphas(), space.primitives, network.genotype())
         finish(run, network.genotype(), metrics)
     return folder
-
-
-def write_epoch(keeper: Keeper, state: dict) -> None:
-    """Write an epoch to disk. `resume.pt` comes after what it stands for: what it does not know of is done again."""
-    run, epoch = keeper.run, state["epoch"]
-    if distributed.rank() == 0:
-        checkpoints.save(run.path("checkpoints", epoch, ".pt"), {name: state[name] for name in checkpoints.FIELDS})
-        write_json(run.path("genotypes", epoch, ".json"), state["genotype"])
-        write_json(run.folder / "genotype.json", state["genotype"])
-    keeper.save(state)
-    run.write_metrics(state["metrics"])
 
 
 def resume(keeper: Keeper, space: Space, network: nn.Module, optimizer: torch.optim.Optimizer, architect: Bilevel,

@@ -107,7 +107,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
         for warning in stream.warnings():
             run.log(warning)
 
-        forward = torch.compile(network) if options.compile and compiler_works(device, run) else network
+        forward = torch.compile(network) if options.compile and compiler_works(device, run.log) else network
         batches = stream.batches(start * stream.steps + (begun["step"] if begun else 0))
         skip = network if keep.on_nan == "skip" else None
         for epoch in range(start, recipe.epochs):

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from conas import distributed
 from conas.darts.architect import Batch
-from conas.runs.folder import Run
 
 WARM_UP = 3  # iterations
 
@@ -23,12 +22,12 @@ class Replayed:
     """An `iterate` (train batch, valid batch, learning rate) that is replayed for batches of `size` images.
 
     `iterate` must not look at values on the host, and reads the learning rate from its argument and from `optimizer`.
-    `record` stands in for `capture`. If it raises RuntimeError, the run's log says so, and iterations go on as usual.
+    `record` stands in for `capture`. If it raises RuntimeError, a line to `log` says so, and iterations go on as usual.
     """
 
-    def __init__(self, iterate: Iterate, optimizer: torch.optim.Optimizer, size: int, device: torch.device, run: Run,
-                 record: Callable | None = None):
-        self.iterate, self.optimizer, self.size, self.run = iterate, optimizer, size, run
+    def __init__(self, iterate: Iterate, optimizer: torch.optim.Optimizer, size: int, device: torch.device,
+                 log: Callable[[str], None], record: Callable | None = None):
+        self.iterate, self.optimizer, self.size, self.log = iterate, optimizer, size, log
         self.record = record or capture
         self.rate = torch.zeros((), device=device)
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -48,8 +47,8 @@ class Replayed:
                 self.replay, self.results = self.record(
                     lambda: self.iterate(self.inputs[:2], self.inputs[2:], self.rate))
             except RuntimeError as error:
-                self.run.log(f"--cuda_graph: the iteration cannot be recorded ({str(error).strip().splitlines()[0]}); "
-                             "the search goes on without a graph")
+                self.log(f"--cuda_graph: the iteration cannot be recorded ({str(error).strip().splitlines()[0]}); "
+                         "the search goes on without a graph")
                 self.record = None
                 return self.iterate(train, valid, self.rate)
         for own, tensor in zip(self.inputs, (*train, *valid)):
@@ -110,13 +109,16 @@ def capture(function: Callable, pool: tuple | None = None) -> tuple[Callable[[],
     return graph.replay, results
 
 
-def graph_fits(device: torch.device, waits: bool, run: Run) -> bool:
-    """Whether iterations on this device can be recorded, where they `wait` for it or not; else the log says why."""
+def graph_fits(device: torch.device, waits: bool, log: Callable[[str], None]) -> bool:
+    """Return True if iterations on this device can be recorded; else a line to `log` says why not.
+
+    `waits` says that iterations read values on the host.
+    """
     reason = (f"CUDA graphs are for CUDA devices, not for {device}" if device.type != "cuda" else
               "--on_nan skip looks at every loss, which a graph cannot" if waits else
               "several processes agree on the host between kernels" if distributed.size() > 1 else None)
     if reason is not None:
-        run.log(f"--cuda_graph: {reason}; the search goes on without a graph")
+        log(f"--cuda_graph: {reason}; the search goes on without a graph")
     return reason is None
 
 

@@ -6,7 +6,6 @@ import torch
 
 from conas import distributed
 from conas.cli import find_device, parse
-from conas.commands.search import write_epoch
 from conas.darts.space import Space
 from conas.recurrent.draw import draw_recurrent
 from conas.recurrent.files import restore
@@ -39,7 +38,7 @@ from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run, folder_name
 from conas.runs.options import KeepOptions
 from conas.runs.progress import announce, resumed, tell_skipped
-from conas.runs.resume import Keeper, seed_generators
+from conas.runs.resume import Keeper, seed_generators, write_epoch
 
 
 def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptions, units: UnitOptions,

@@ -134,9 +134,8 @@ class SpeedOptions:
     amp: str = option("off", "arithmetic of weight steps and validation: bf16, float32 (off), or bf16 on GPUs that "
                       "have it (auto); the alphas' gradient is float32 in any case", choices=["auto", "bf16", "off"])
     tf32: bool = option(False, "on a GPU, let float32 products and convolutions round to TF32; all passes")
-    compile: bool = option(False, "cells by torch.compile, if that gives the same numbers and is faster; takes minutes")
     checkpoint_cells: bool = option(False, "less memory, more time: compute each cell again for its gradient")
-    cuda_graph: bool | None = option(None, "every iteration as one graph (default: on a GPU, but for --compile)")
+    cuda_graph: bool | None = option(None, "every iteration as one graph (default: on a GPU)")
 
 
 # What the paper trains derived networks with, on CIFAR-10 and on ImageNet; without gamma, a cosine ends at 0.

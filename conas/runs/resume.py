@@ -22,6 +22,7 @@ import torch
 
 from conas import distributed
 from conas.errors import InputError, Stopped
+from conas.files import write_json
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run
 
@@ -144,6 +145,17 @@ class Keeper:
         self.save(kept)
         raise Stopped(f"stopped in epoch {kept['epoch']} after {kept['course']['step']} steps, which are kept in "
                       f"{self.path}; start the same command again to go on from there", CODES[number])
+
+
+def write_epoch(keeper: Keeper, state: dict) -> None:
+    """Write the end of a search's epoch. resume.pt comes last, so that what it does not know of is done again."""
+    run, epoch = keeper.run, state["epoch"]
+    if distributed.rank() == 0:
+        checkpoints.save(run.path("checkpoints", epoch, ".pt"), {name: state[name] for name in checkpoints.FIELDS})
+        write_json(run.path("genotypes", epoch, ".json"), state["genotype"])
+        write_json(run.folder / "genotype.json", state["genotype"])
+    keeper.save(state)
+    run.write_metrics(state["metrics"])
 
 
 class _Interrupted(Exception):

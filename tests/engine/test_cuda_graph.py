@@ -51,13 +51,13 @@ def test_graphs_elsewhere_and_graphs_that_fail(plain, tmp_path):
     state, log = run_search(tmp_path, "--cuda_graph")
     assert "--cuda_graph: CUDA graphs are for CUDA devices, not for cpu" in log and equal(state, plain[0])
     run = Log()
-    assert not graph_fits(torch.device("cuda"), True, run) and "--on_nan" in run.lines[0]
+    assert not graph_fits(torch.device("cuda"), True, run.log) and "--on_nan" in run.lines[0]
 
     def capture(function):
         raise RuntimeError("operation not permitted\nmore")
 
     _, optimizer, _, batches = problem()
-    iterate = Replayed(lambda train, valid, lr: (lr.clone(), len(train[1])), optimizer, 6, torch.device("cpu"), run,
+    iterate = Replayed(lambda train, valid, lr: (lr.clone(), len(train[1])), optimizer, 6, torch.device("cpu"), run.log,
                        capture)
     results = [iterate(*batches, 0.5 * i) for i in range(WARM_UP + 3)]
     assert [float(lr) for lr, _ in results] == [0.5 * i for i in range(WARM_UP + 3)]

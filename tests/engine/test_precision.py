@@ -1,25 +1,15 @@
 """Options of speed and memory: what each must change, and what none may."""
 import json
-import os
-import time
-from operator import call
 
 import pytest
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conas.commands import search
 from conas.commands.search import weight_step
-from conas.darts.supernet import Supernet
-from conas.engine import precision as speed
-from conas.engine.precision import checkpointed, compile_cells, compiled
+from conas.engine.precision import checkpointed
 from conas.errors import InputError
-from tests.helpers.searches import GPU, Log, equal, no_pictures, plain, problem, run_search  # noqa: F401
-
-
-class Few(Supernet):
-    primitives = ("none", "sep_conv_3x3")
+from tests.helpers.searches import equal, no_pictures, plain, problem, run_search  # noqa: F401
 
 
 def saved_bytes(network, x):
@@ -149,67 +139,7 @@ def test_tf32_is_off_unless_wanted(tmp_path):
     assert settings() == (False, False)
 
 
-def second_compiled(network):
-    """One cell, to be fast, and traced only, so that no compiler is needed."""
-    fast = compiled(len(network.cells), backend="eager")
-    return lambda cell, *arguments: (fast if cell is network.cells[1] else call)(cell, *arguments)
 
-
-def test_compiled_cells_give_the_same_numbers():
-    ends = []
-    for wanted in (False, True):
-        torch.manual_seed(0)
-        network = Few(C=2, layers=3)  # the second cell is a reduction
-        if wanted:
-            network.run_cell = second_compiled(network)
-        x, y = torch.randn(4, 3, 8, 8), torch.arange(4)
-        cross_entropy(network(x), y).backward()
-        ends.append(network.state_dict() | {name: p.grad for name, p in network.named_parameters()})
-    for name, entry in ends[0].items():
-        torch.testing.assert_close(ends[1][name], entry, msg=name)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] >= 1
-
-
-def slowly(cell, *arguments):
-    time.sleep(0.3)
-    return cell(*arguments)
-
-
-def wrong(cell, *arguments):
-    return 2 * cell(*arguments)
-
-
-def unable(cell, *arguments):
-    raise RuntimeError("too hard\nsecond line")
-
-
-@pytest.mark.parametrize("plain, fast, kept, words", [
-    (slowly, call, True, "instead of"), (call, slowly, False, "instead of"), (slowly, wrong, False, "differs by"),
-    (slowly, unable, False, "too hard;")])
-def test_compiled_cells_must_fit_and_be_faster(plain, fast, kept, words, monkeypatch):
-    monkeypatch.setattr(speed, "compiler_works", lambda device, run: True)
-    monkeypatch.setattr(speed, "compiled", lambda cells: fast)
-    network, run = Few(C=2, layers=3), Log()
-    network.run_cell = plain
-    before = {name: entry.clone() for name, entry in network.state_dict().items()}
-    compile_cells(network, (4, 3, 8, 8), run)
-    assert network.run_cell is (fast if kept else plain)
-    assert words in run.lines[-1] and ("not kept" in run.lines[-1]) != kept
-    assert equal(network.state_dict(), before)
-
-
-def test_compile_goes_on_without_a_compiler(plain, tmp_path, monkeypatch):
-    def broken(function, **settings):
-        raise RuntimeError("g++ is missing\nand more")
-
-    monkeypatch.setattr(torch, "compile", broken)
-    state, log = run_search(tmp_path, "--compile")
-    assert "--compile: no compiler works here (g++ is missing)" in log
-    assert equal(state, plain[0])
-
-
-@GPU
-@pytest.mark.skipif("CONAS_SLOW" not in os.environ, reason="compiling takes minutes: CONAS_SLOW=1")
-def test_compiled_cells_on_cuda(tmp_path):
-    _, log = run_search(tmp_path, "--device", "cuda", "--compile")
-    assert "a gradient takes" in log
+def test_the_search_has_no_compiler(tmp_path):
+    with pytest.raises(InputError, match=r"^--compile: unknown flag \(--help"):
+        run_search(tmp_path, "--compile")

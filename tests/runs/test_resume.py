@@ -138,6 +138,15 @@ def test_a_state_that_is_whole_but_wrong_is_refused(cut, change):
     assert (cut / "metrics.jsonl").read_bytes() == metrics
 
 
+@pytest.mark.parametrize("value", [False, True])
+def test_a_search_from_before_its_compiler_was_removed_goes_on(cut, whole, value):
+    stored = json.loads((cut / "args.json").read_text())
+    stored["arguments"]["compile"] = value
+    (cut / "args.json").write_text(json.dumps(stored))
+    run(cut.parent)
+    assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
 def test_one_process_at_a_time(cut):
     with Run(cut, json.loads((cut / "args.json").read_text())["arguments"]):
         done = subprocess.run([sys.executable, "-c", "import sys; from conas import cli; from pathlib import Path; "
