@@ -42,17 +42,24 @@ class OwnCorruptions:
             yield corrupt(x, name, severity, self.seed, chosen[0].item())
 
 
+BENCHMARK = ("gaussian_noise", "shot_noise", "impulse_noise", "defocus_blur", "glass_blur", "motion_blur", "zoom_blur",
+             "snow", "frost", "fog", "brightness", "contrast", "elastic_transform", "pixelate", "jpeg_compression")
+
+
 class PublishedCorruptions:
     """CIFAR-10-C: NAME.npy of uint8 (50000, 32, 32, 3), 10,000 for each severity, and labels.npy.
+
+    Published means are over the fifteen corruptions of BENCHMARK, so the archive's four others are left out; `title`
+    says so if some of the fifteen are missing. Hendrycks and Dietterich, 2019.
 
     Raises InputError for files that are damaged, of other shapes, or not of these labels.
     """
 
-    title = "CIFAR-10-C"
-
     def __init__(self, folder: Path, labels: Tensor):
         self.folder, self.count = folder, len(labels)
-        self.names = tuple(sorted(path.stem for path in folder.glob("*.npy") if path.stem != "labels"))
+        self.names = tuple(name for name in BENCHMARK if (folder / f"{name}.npy").exists())
+        self.title = "CIFAR-10-C" + (f", {len(self.names)} of its {len(BENCHMARK)} corruptions"
+                                     if len(self.names) < len(BENCHMARK) else "")
         if not self.names or not np.array_equal(self._read("labels").reshape(-1), np.tile(labels, len(SEVERITIES))):
             raise InputError(f"{folder}: is not CIFAR-10-C, or its labels are not those of the test images; download "
                              "it again or move it away")

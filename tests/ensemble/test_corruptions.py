@@ -6,7 +6,7 @@ import torch
 from conas.data.images import DATASETS, ImageSet, load
 from conas.errors import InputError
 from ensemble.measure.corruptions import BLOCK, CORRUPTIONS, SEVERITIES, corrupt, mean_corruption_error
-from ensemble.measure.shift import OwnCorruptions, PublishedCorruptions, find_source
+from ensemble.measure.shift import BENCHMARK, OwnCorruptions, PublishedCorruptions, find_source
 
 
 def pictures(channels=3, side=32, count=12):
@@ -114,6 +114,19 @@ def test_cifar_10_c_is_used_where_it_exists(cifar):
     assert isinstance(find_source(load("digits", "data", "test"), root), OwnCorruptions)
     subset = ImageSet(images.info, images.images[:100], images.labels[:100])
     assert isinstance(find_source(subset, root), OwnCorruptions)
+
+
+def test_the_mean_is_over_the_fifteen_corruptions_that_published_means_are_over(cifar):
+    images, root = cifar
+    folder = root / "CIFAR-10-C"
+    (folder / "speckle_noise.npy").hardlink_to(folder / "fog.npy")  # one of the archive's four others
+    source = find_source(images, root)
+    assert source.names == ("fog",) and source.title == "CIFAR-10-C, 1 of its 15 corruptions"
+    for name in BENCHMARK:
+        if name != "fog":
+            (folder / f"{name}.npy").hardlink_to(folder / "fog.npy")
+    whole = find_source(images, root)
+    assert len(set(whole.names)) == 15 and "speckle_noise" not in whole.names and whole.title == "CIFAR-10-C"
 
 
 def test_another_cifar_10_c_is_refused(cifar):
