@@ -15,7 +15,7 @@ MOVED = {
     "conas.animate": "conas.draw.animate",
     "conas.architect": "conas.darts.architect",
     "conas.draw_recurrent": "conas.recurrent.draw",
-    "conas.evaluate": "conas.commands.scoring",
+    "conas.evaluate": "conas.commands.test_all",
     "conas.genotype": "conas.darts.genotype",
     "conas.measure": "conas.commands.test",
     "conas.search": "conas.commands.search",

@@ -1,9 +1,7 @@
-"""Test checkpoints: logits of every test image, stored beside the checkpoint that gave them."""
-import csv
+"""Score checkpoints: logits of every test or held-out image, stored beside the checkpoint that gave them."""
 import hashlib
-import io
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
@@ -13,7 +11,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from conas import distributed
-from conas.cli import find_device, parse
+from conas.cli import find_device
 from conas.darts.space import Space
 from conas.data.images import ImageSet, load, survey
 from conas.data.listing import EARLIER
@@ -22,14 +20,13 @@ from conas.data.splits import stratified_split
 from conas.engine.cuda_graph import ReplayedForward, capture
 from conas.engine.inference import prepared
 from conas.errors import InputError
-from conas.files import write_text
 from conas.runs import checkpoint as checkpoints
-from conas.runs.folder import best_checkpoint, folder_name, list_checkpoints
-from conas.runs.options import STAGES, StageOptions, TestOptions
+from conas.runs.folder import folder_name
+from conas.runs.options import TestOptions
 from conas.runs.scores import Scores, finite_rows, load_scores, mean_loss, remark, save_scores, topk_accuracy
 
-TOGETHER = 8  # networks in memory at a time
-MANY = 8  # batches from which on it pays to record a graph
+NETWORKS_PER_PASS = 8
+MIN_BATCHES_FOR_GRAPH = 8  # with fewer, recording costs more than it saves
 
 
 def predict(network: nn.Module, images: ImageSet, batch_size: int, device: torch.device,
@@ -51,7 +48,7 @@ def predict_all(networks: Sequence[nn.Module], images: ImageSet, batch_size: int
     own = indices[distributed.part(len(indices))]
     batches = tqdm(images.batches(batch_size, device, own, workers, crop) if len(own) else (), desc="images",
                    unit="batch", delay=3, total=-(-len(own) // batch_size), leave=False, disable=distributed.quiet())
-    if device.type == "cuda" and len(own) >= MANY * batch_size:
+    if device.type == "cuda" and len(own) >= MIN_BATCHES_FOR_GRAPH * batch_size:
         memory = torch.cuda.graph_pool_handle()  # one for all: they take turns
         networks = [ReplayedForward(network, device, partial(capture, pool=memory)) for network in networks]
     logits = [[network(x).float() for network in networks] for x, _ in batches]
@@ -153,25 +150,25 @@ def scores_for(space: Space, path: Path, options: TestOptions, split: str = "tes
 
 
 def scores_for_all(members: Iterable[tuple[Space, Path]], options: TestOptions, split: str = "test") -> list[Scores]:
-    """The scores of several checkpoints, each as of `scores_for`; the images are read once for TOGETHER of them."""
-    questions = [_Question(space, path, split) for space, path in members]
-    scores = [question.stored() for question in questions]
+    """The scores of several checkpoints, each as of `scores_for`; NETWORKS_PER_PASS at a time share a pass."""
+    jobs = [ScoringJob(space, path, split) for space, path in members]
+    scores = [job.stored() for job in jobs]
     missing = [i for i, found in enumerate(scores) if found is None]
-    for start in range(0, len(missing), TOGETHER):
+    for start in range(0, len(missing), NETWORKS_PER_PASS):
         alike: dict[tuple, list[int]] = {}  # checkpoints that look at the same images in the same way
-        for i in missing[start:start + TOGETHER]:
-            alike.setdefault(questions[i].prepare(options), []).append(i)
+        for i in missing[start:start + NETWORKS_PER_PASS]:
+            alike.setdefault(jobs[i].load(options), []).append(i)
         for group in alike.values():
-            first = questions[group[0]]
-            logits = predict_all([questions[i].network for i in group], first.images, options.batch_size,
+            first = jobs[group[0]]
+            logits = predict_all([jobs[i].network for i in group], first.images, options.batch_size,
                                  find_device(options.device), first.indices, options.workers, first.crop)
-            for i, own in zip(group, logits):
-                scores[i] = questions[i].answer(own)
+            for i, logits_of_one in zip(group, logits):
+                scores[i] = jobs[i].store(logits_of_one)
     return scores
 
 
-class _Question:
-    """What the checkpoint at `path` says of a split."""
+class ScoringJob:
+    """The scores of the checkpoint at `path` on a split: read, or computed and stored."""
 
     def __init__(self, space: Space, path: Path, split: str):
         self.space, self.path, self.split, self.digest = space, path, split, checkpoints.sha256(path)
@@ -188,8 +185,8 @@ class _Question:
         fields = distributed.from_first(kept)
         return Scores(**fields) if fields else None
 
-    def prepare(self, options: TestOptions) -> tuple:
-        """Load network and images. Questions that give equal results can be answered in one pass."""
+    def load(self, options: TestOptions) -> tuple:
+        """Load network and images. Jobs for which this returns the same key share one pass over the images."""
         self.checkpoint = checkpoints.load(self.path)
         self.network = checkpoints.restore(self.path, self.checkpoint, self.space.name, self.space.network)
         about = self.checkpoint["dataset"]
@@ -209,8 +206,8 @@ class _Question:
             self.fingerprint = digest.hexdigest()
         return id(self.images), self.crop, self.fingerprint
 
-    def answer(self, logits: Tensor) -> Scores:
-        """Store the scores, and let go of the network."""
+    def store(self, logits: Tensor) -> Scores:
+        """Write the scores to disk, and release the network."""
         checkpoint, images, indices = self.checkpoint, self.images, self.indices
         scores = Scores(
             logits=logits, labels=images.labels if indices is None else images.labels[indices], space=self.space.name,
@@ -223,64 +220,7 @@ class _Question:
         return scores
 
 
-def test_all(space: Space, stage: str, options: TestOptions, show: Callable[[str], None] = tqdm.write) -> list[dict]:
-    """Test every checkpoint of a run; one row for each: epoch, loss (nats), top1, top5 (percent).
-
-    Rows go to `show` as they come, and to test_all.csv in the run's folder. Predictions that are not finite are wrong,
-    make the loss NaN, and are counted in the row that is shown. Several processes call it alike.
-    """
-    folder = run_folder(space, stage, options)
-    rows = []
-    for epoch, path in tqdm(list_checkpoints(folder).items(), desc=folder.name, unit="checkpoint",
-                            disable=distributed.quiet()):
-        scores = scores_for(space, path, options)
-        row = {"epoch": epoch, "loss": scores.loss(), "top1": scores.top(1), "top5": scores.top(5)}
-        show(f"{space.name}  epoch {epoch:3d}  loss {row['loss']:.4f}  top-1 {row['top1']:6.2f} %  "
-             f"top-5 {row['top5']:6.2f} %{_counted(scores)}")
-        rows.append(row)
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    if distributed.rank() == 0:
-        write_text(folder / "test_all.csv", text.getvalue())
-    show(f"{STAGES[stage]}: {len(rows)} checkpoints, {len(scores.labels)} test images of {scores.dataset}: "
-         f"{folder / 'test_all.csv'}")
-    if stage == "train":
-        try:
-            path = best_checkpoint(folder)
-        except InputError as error:  # no epoch was fit to be the best
-            show(str(error))
-            return rows
-        best = scores_for(space, path, options)
-        show(f"{space.name}  best on held-out images, of epoch {best.epoch}: loss {best.loss():.4f}, "
-             f"top-1 {best.top(1):.2f} %, top-5 {best.top(5):.2f} %{_counted(best)}")
-    return rows
-
-
-def _counted(scores: Scores) -> str:
-    return f"  {scores.remark}, and count as wrong" if scores.not_finite else ""
-
-
-test_all.__test__ = False  # a command, not a pytest test
-
-
 def run_folder(space: Space, stage: str, options: TestOptions) -> Path:
     """The folder of the run that the options name, in a stage of STAGES."""
     save = folder_name(options.save)
     return space.train_folder(save) if stage == "train" else space.search_folder(save)
-
-
-def stages_there(space: Space, stage: str | None, options: TestOptions) -> list[str]:
-    """The stages to test: `stage`, or those of which the space has a run, or "search" if it has none."""
-    if stage is not None:
-        return [stage]
-    return [name for name in STAGES if run_folder(space, name, options).is_dir()] or ["search"]
-
-
-def main(folder: Path, network: type, description: str, argv: list[str] | None = None) -> None:
-    """The command `python test_all.py` of the space in `folder`."""
-    which, options = parse(description, [StageOptions, TestOptions], argv)
-    space = Space(folder.name, folder, network)
-    for stage in stages_there(space, which.stage, options):
-        test_all(space, stage, options)

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from cnn_space1 import genotypes as space1
 from cnn_space1.model_search import Network
-from conas.commands import scoring, train
 from conas.commands import test as measure
+from conas.commands import train
+from conas.commands.test_all import ScoredRun, score_checkpoints
 from conas.darts import genotype as genotypes
 from conas.darts.space import Space
 from conas.errors import InputError
@@ -144,7 +145,7 @@ def test_without_a_finite_epoch_there_is_no_best_network(tmp_path, flags):
     with pytest.raises(InputError, match=r"best\.pt: no such checkpoint; if log\.txt says"):
         best_checkpoint(folder)
     shown = []
-    scoring.test_all(Space(tmp_path.name, tmp_path), "train", TestOptions(), shown.append)
+    score_checkpoints(ScoredRun(Space(tmp_path.name, tmp_path), "train", TestOptions(), shown.append))
     assert "450 of 450 predictions are not finite, and count as wrong" in shown[0] and "best.pt: no such" in shown[-1]
     (row,) = csv.DictReader((folder / "test_all.csv").open())
     assert (row["loss"], row["top1"], row["top5"]) == ("nan", "0.0", "0.0")
@@ -235,7 +236,7 @@ def test_supernets_are_tested_alike(tmp_path):
     write_runs(tmp_path, "digits", "data", None, 60, 2, [Space("cnn_space1", tmp_path, Network)])
     space, shown = Space("cnn_space1", tmp_path / "cnn_space1", Network), []
     spoil(space.search_folder("EXP") / "checkpoints" / "epoch_001.pt")
-    rows = scoring.test_all(space, "search", TestOptions(device="cpu"), shown.append)
+    rows = score_checkpoints(ScoredRun(space, "search", TestOptions(device="cpu"), shown.append))
     assert rows[0]["top1"] > 0 and "finite" not in shown[0]
     assert (rows[1]["top1"], rows[1]["top5"]) == (0, 0) and "60 of 60 predictions are not finite" in shown[1]
 

@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cnn_space1.model_search import Network
 from conas.commands import scoring as evaluate
-from conas.darts.space import discover
+from conas.commands.test_all import ScoredRun
+from conas.darts.space import Space, discover
 from conas.data import images as data
 from conas.runs.options import TestOptions
 from tests.conftest import ROOT
@@ -60,8 +62,31 @@ def test_only_what_is_missing_is_computed(members, monkeypatch):
         sizes.append(len(networks))
         return predict_all(networks, *arguments)
     monkeypatch.setattr(evaluate, "predict_all", counted)
-    monkeypatch.setattr(evaluate, "TOGETHER", 1)
+    monkeypatch.setattr(evaluate, "NETWORKS_PER_PASS", 1)
     scores = evaluate.scores_for_all(members, OPTIONS)
     assert sizes == [1, 1] and [s.space for s in scores] == [space.name for space, _ in members]
     evaluate.scores_for_all(members, OPTIONS)
     assert len(sizes) == 2
+
+
+def test_a_loop_may_add_figures_of_its_own(tmp_path):
+    space = Space("cnn_space1", tmp_path / "cnn_space1", Network)
+    write_runs(tmp_path, "digits", str(ROOT / "data"), None, 100, 2, [space])
+    lines = []
+    run = ScoredRun(space, "search", OPTIONS, lines.append)
+    for epoch, checkpoint in run.checkpoints():
+        scores = run.scores(checkpoint)
+        run.add(epoch, scores, top1=scores.top(1), surest=scores.logits.softmax(-1).max().item())
+    run.finish()
+    table = (run.folder / "test_all.csv").read_text().splitlines()
+    assert table[0] == "epoch,top1,surest" and len(table) == 3 == len(lines)
+    assert f"surest {run.rows[0]['surest']:.4f}" in lines[0]
+
+
+def test_a_script_from_before_the_packages_tests_its_run(tmp_path, capsys):
+    space = Space("cnn_space1", tmp_path / "cnn_space1", Network)
+    write_runs(tmp_path, "digits", str(ROOT / "data"), None, 100, 1, [space])
+    from conas import evaluate
+    evaluate.main(tmp_path / "cnn_space1", Network, "", ["--device", "cpu"])
+    assert "1 checkpoints" in capsys.readouterr().out
+    assert (tmp_path / "cnn_space1" / "search-EXP" / "test_all.csv").exists()

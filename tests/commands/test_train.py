@@ -17,6 +17,7 @@ from cnn_space2 import genotypes as space2
 from conas.commands import cells as arch
 from conas.commands import scoring as evaluate
 from conas.commands import train
+from conas.commands.test_all import ScoredRun, existing_stages, score_checkpoints
 from conas.darts import genotype as genotypes
 from conas.darts.published import GENOTYPES
 from conas.darts.space import Space
@@ -90,13 +91,13 @@ def test_scores_of_both_splits(root):
 
 def test_test_all_covers_both_stages_and_names_them(root):
     space, options, shown = Space("cnn_space1", root / "cnn_space1"), TestOptions(), []
-    rows = evaluate.test_all(space, "train", options, shown.append)
+    rows = score_checkpoints(ScoredRun(space, "train", options, shown.append))
     assert [row["epoch"] for row in rows] == [0, 1, 2] and "retrained networks: 3 checkpoints" in shown[3]
     assert "best on held-out images" in shown[4]
     assert (root / "cnn_space1" / "train-EXP" / "test_all.csv").read_text().startswith("epoch,loss,top1,top5\n0,")
-    assert evaluate.stages_there(space, None, options) == ["search", "train"]
-    assert evaluate.stages_there(space, "search", options) == ["search"]
-    assert evaluate.stages_there(space, None, replace(options, save="other")) == ["search"]
+    assert existing_stages(space, None, options) == ["search", "train"]
+    assert existing_stages(space, "search", options) == ["search"]
+    assert existing_stages(space, None, replace(options, save="other")) == ["search"]
 
 
 @pytest.mark.parametrize("flags, key, value", [

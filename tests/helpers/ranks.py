@@ -18,8 +18,7 @@ from cnn_space1 import genotypes
 from cnn_space1.architect import Architect
 from cnn_space1.model_search import Network
 from conas import distributed, files
-from conas.commands import scoring as evaluate
-from conas.commands import train
+from conas.commands import test_all, train
 from conas.commands.scoring import predict
 from conas.commands.search import weight_step
 from conas.darts.architect import Batch
@@ -154,7 +153,7 @@ def scripts(root: Path, save: str) -> dict[str, list[dict]]:
 
 def tests(root: Path, save: str) -> None:
     """test_all.py and test_ensemble.py."""
-    evaluate.main(root / "cnn_space1", Network, "", argv=["--save", save])
+    test_all.main(root / "cnn_space1", Network, "", argv=["--save", save])
     test_ensemble.ROOT = root
     sys.argv = ["", "--save", save, "--members", str(root / "cnn_space1" / f"search-{save}" / "checkpoints" / "*.pt")]
     test_ensemble.main()
