@@ -24,7 +24,7 @@ from torch import Tensor
 from conas.cli import Parser, find_device, run
 from conas.data.decoding import decode_all
 from conas.data.imagefiles import ImageFiles
-from conas.data.listing import IRREGULAR, Listing
+from conas.data.listing import IRREGULAR, LINKS, Listing
 from conas.errors import InputError, one_line
 from conas.files import write_json, write_text
 from conas.runs.folder import folder_name
@@ -47,6 +47,9 @@ def find_images(paths: Sequence[str]) -> list[str]:
         listing, inside = Listing(), []
         for parent, folders, files in os.walk(path):
             folders[:] = [name for name in folders if not name.startswith(".")]
+            for name in folders:
+                if os.path.islink(os.path.join(parent, name)):
+                    listing.leave_out(LINKS, name)
             for name in files:
                 if name.startswith(".") or not listing.takes(name):
                     continue

@@ -78,9 +78,9 @@ def class_folders(root: Path, part: str, listing: Listing | None = None) -> tupl
     """
     listing = listing or Listing()
     beside = Listing(listing.suffixes)
-    entries = sorted(_entries(root / part), key=lambda entry: entry.name)
-    folders = [entry for entry in entries if _is_class(entry)]
-    for entry in entries:
+    inside_part = sorted(entries(root / part), key=lambda entry: entry.name)
+    folders = [entry for entry in inside_part if _is_class(entry)]
+    for entry in inside_part:
         if not entry.is_dir() and beside.takes(entry.name):
             beside.leave_out(OUTSIDE, entry.name)
     if len(folders) < 2:
@@ -92,7 +92,7 @@ def class_folders(root: Path, part: str, listing: Listing | None = None) -> tupl
     names, labels = [], []
     for label, folder in enumerate(folders):
         own = Listing(listing.suffixes)
-        found = _images(Path(folder.path), root, inside, own)
+        found = images_in(Path(folder.path), root, inside, own)
         if not found:
             only = f"only {own}" if own.left_out else f"which are files with the suffixes {' '.join(own.suffixes)}"
             raise InputError(f"{folder.path}: no images in this class folder, {only}; fill it or take it away")
@@ -102,7 +102,7 @@ def class_folders(root: Path, part: str, listing: Listing | None = None) -> tupl
     return tuple(folder.name for folder in folders), ImageFiles(root, names), torch.tensor(labels)
 
 
-def _entries(folder: Path) -> list[os.DirEntry]:
+def entries(folder: Path) -> list[os.DirEntry]:
     """What is in a folder and not hidden."""
     try:
         with os.scandir(folder) as entries:
@@ -122,11 +122,11 @@ def _is_class(entry: os.DirEntry) -> bool:
     return True
 
 
-def _images(folder: Path, root: Path, inside: set[Path], listing: Listing) -> list[str]:
+def images_in(folder: Path, root: Path, inside: set[Path], listing: Listing) -> list[str]:
     """The names of all images below a folder, relative to `root`, sorted."""
     found, folders = [], [folder]
     while folders:
-        for entry in _entries(folders.pop()):
+        for entry in entries(folders.pop()):
             if entry.is_symlink() and os.path.isdir(entry.path):
                 _refuse(entry)
             if entry.is_dir(follow_symlinks=False):

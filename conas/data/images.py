@@ -171,8 +171,8 @@ def load(dataset: str, root: str | Path, split: str, image_size: int | None = No
     assert split in ("train", "test"), split
     listing = Listing(suffixes)
     classes, images, labels = READERS[dataset](Path(root).expanduser(), split, listing)
-    if listing.left_out:
-        _say_once(f"--data {root}: left out {listing}")
+    if remarks := [*listing.notes, *([f"left out {listing}"] if listing.left_out else [])]:
+        _say_once(f"--data {root}: {'; '.join(remarks)}")
     if subset is not None:
         if not 1 <= subset <= len(labels):
             raise InputError(f"--{'test_' * (split == 'test')}subset {subset}: the {split} split of {dataset} has "

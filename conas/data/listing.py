@@ -26,7 +26,8 @@ NOT_READ = "image{s} of formats that cannot be read here (convert {them} to .png
 NOT_BEGUN = "image{s} of formats that this run was begun without"
 OUTSIDE = "image{s} outside the class folders"
 IRREGULAR = "pipe{s}, device{s} or link{s} to nothing"
-KINDS = OUTSIDE, NOT_IMAGES, NOT_READ, NOT_BEGUN, IRREGULAR
+LINKS = "link{s} to folders, which are not followed"
+KINDS = OUTSIDE, NOT_IMAGES, NOT_READ, NOT_BEGUN, IRREGULAR, LINKS
 
 
 @cache
@@ -51,6 +52,7 @@ class Listing:
     def __init__(self, suffixes: Collection[str] | None = None):
         self.suffixes = tuple(readable_suffixes() if suffixes is None else suffixes)
         self.left_out: dict[str, Counter[str]] = {}
+        self.notes: list[str] = []  # of folders that are not read
 
     def takes(self, name: str) -> bool:
         """Whether the file of this name is an image that is read; else it is counted."""
@@ -68,6 +70,12 @@ class Listing:
     def leave_out(self, kind: str, name: str) -> None:
         """Count a file that is not read, with `kind` for a reason."""
         self.left_out.setdefault(kind, Counter())[suffix_of(name) or "no suffix"] += 1
+
+    def is_used(self, name: str) -> None:
+        """Count a file that `takes` did not take as one that is not left out, after all."""
+        self.left_out[NOT_IMAGES] -= Counter([suffix_of(name) or "no suffix"])
+        if not self.left_out[NOT_IMAGES]:
+            del self.left_out[NOT_IMAGES]
 
     def add(self, other: "Listing") -> None:
         """Count what another has left out, too."""

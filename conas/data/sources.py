@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from conas.data.imagefiles import ImageFiles, class_folders
+from conas.data.layouts import find_layout, read_part
 from conas.data.listing import Listing
 from conas.data.splits import stratified_split
 from conas.errors import InputError
@@ -161,18 +162,18 @@ def _obtain(build: Callable[..., "VisionDataset"], root: Path, archives: list[st
 
 
 def _folder(root: Path, split: str, listing: Listing) -> Source:
-    """A folder of class folders, or of train/ and test/ that hold the same class folders.
+    """A folder of class folders, or of parts for training and for the test, as `find_layout` knows them.
 
-    val/ serves as test where there is no test/, and is not read where there is one. Without either, a fixed,
-    stratified fifth of the images is the test split.
+    Without test images of its own, a fixed, stratified fifth of the images is the test split.
     """
     if not root.is_dir():
         raise InputError(f"--data {root}: {'not a folder' if root.exists() else 'no such folder'}; --dataset folder "
                          "reads a folder of class folders")
-    train = "train" if (root / "train").is_dir() else ""
-    if test := _test_folder(root):
-        return _two_folders(root, train, test, split, listing)
-    classes, files, labels = class_folders(root, train, listing)
+    layout = find_layout(root)
+    listing.notes += layout.notes
+    if layout.test:
+        return _two_folders(root, layout.train, layout.test, split, listing)
+    classes, files, labels = class_folders(root, layout.train, listing)
     few = [f"{classes[i]} ({n})" for i, n in enumerate(torch.bincount(labels).tolist()) if n < 5]
     if few:
         raise InputError(f"--data {root}: fewer than 5 images in {', '.join(few)}; a fifth of every class is set aside "
@@ -181,18 +182,15 @@ def _folder(root: Path, split: str, listing: Listing) -> Source:
     return classes, files[chosen], labels[chosen]
 
 
-def _test_folder(root: Path) -> str | None:
-    return next((name for name in ("test", "val") if (root / "train").is_dir() and (root / name).is_dir()), None)
-
-
 def is_split_here(dataset: str, root: Path) -> bool:
     """Whether it is we who set test images aside, so that other images in the folder would make it another split."""
-    return dataset == "folder" and not _test_folder(root)
+    return dataset == "folder" and not find_layout(root).test
 
 
 def _two_folders(root: Path, train: str, test: str, split: str, listing: Listing) -> Source:
-    """The images of root/train or of root/test, which must hold the same class folders."""
-    parts = {"train": class_folders(root, train, listing), "test": class_folders(root, test, listing)}
+    """The images of root/train or of root/test, which must be of the same classes."""
+    parts = {"train": class_folders(root, train, listing)}
+    parts["test"] = read_part(root, test, parts["train"][0], listing)
     if odd := sorted(set(parts["train"][0]) ^ set(parts["test"][0])):
         raise InputError(f"--data {root}: {', '.join(odd[:9])} not in both {train}/ and {test}/; they must hold the "
                          "same class folders")
