@@ -35,7 +35,8 @@ def about(network: CommitteeNetwork) -> str:
     return json.dumps({"format": "conas-committee-export", "version": conas.__version__, "members": network.names,
                        "combination": network.combination, "dataset": network.dataset["name"],
                        "classes": network.classes, "mode": "L" if network.channels == 1 else "RGB",
-                       "image_size": network.dataset["image_size"]}, ensure_ascii=False)
+                       "image_size": network.dataset["image_size"],
+                       "resize": network.dataset.get("resize", "crop")}, ensure_ascii=False)
 
 
 def checker(network: CommitteeNetwork, images: Tensor, expected: Tensor, path: str) -> Check:

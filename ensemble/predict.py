@@ -3,8 +3,8 @@
     python -m ensemble.predict photo.jpg more_photos/
     python -m ensemble.predict photos/ --save NAME --top_k 3 --csv answers.csv --json answers.json
 
-Images of any format and size are prepared as the training images were: the central square, resized. Uncertainties are
-in nats: the entropy of the committee's answer, and the part of it that is disagreement among members.
+Images of any format and size are prepared as the training images were: made square and resized. Uncertainties are in
+nats: the entropy of the committee's answer, and the part of it that is disagreement among members.
 """
 import csv
 import io
@@ -67,10 +67,10 @@ def find_images(paths: Sequence[str]) -> list[str]:
     return found
 
 
-def read_image(path: str, image_size: int, channels: int) -> Tensor | InputError:
+def read_image(path: str, image_size: int, channels: int, resize: str = "crop") -> Tensor | InputError:
     """uint8 (channels, image_size, image_size), prepared as for training; or what is wrong with the file."""
     try:
-        return _in_channels(ImageFiles(Path(), [path]).decode(0, image_size), channels)
+        return _in_channels(ImageFiles(Path(), [path], resize).decode(0, image_size), channels)
     except InputError as error:
         return error
 
@@ -91,7 +91,7 @@ def predict(network: CommitteeNetwork, paths: Sequence[str], top_k: int = 1, bat
     Images are decoded a few batches ahead, so memory does not grow with their number. Others go to `complain`.
     """
     device, size = network.pixel_mean.device, network.dataset["image_size"]
-    files = ImageFiles(Path(), list(paths))
+    files = ImageFiles(Path(), list(paths), network.dataset.get("resize", "crop"))
     title = None if sys.stdout.isatty() else "decoding"  # on a terminal the rows themselves show how far it is
     with closing(decode_all(partial(files.decode, image_size=size), len(paths), size, files, title)) as images:
         for start in range(0, len(paths), batch_size):

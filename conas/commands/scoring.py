@@ -96,7 +96,7 @@ def load_images(path: Path, about: dict, data: str | None, split: str, skip_bad_
         raise InputError(f"{path}: its images were in {root}, and there is no such folder; name theirs with --data")
     skip = skip_bad_images or about.get("skip_bad_images", False)
     load_part = partial(_load, about["name"], root, image_size=about["image_size"], skip_bad_images=skip,
-                        suffixes=_suffixes(about))
+                        suffixes=_suffixes(about), resize=about.get("resize", "crop"))
     images = load_part(split, subset=_subset(about, root, split))
     if list(images.info.classes) != about["classes"]:
         raise InputError(f"{root}: has the classes {', '.join(images.info.classes)}, but {path} was trained on "

@@ -17,6 +17,7 @@ from conas.darts.published import GENOTYPES
 from conas.darts.space import Space
 from conas.darts.supernet import Supernet
 from conas.data import imagenet_augment as photographs
+from conas.data.imagefiles import RESIZES
 from conas.data.images import DATASETS, ImageSet, load
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
@@ -37,6 +38,8 @@ class PublishedOptions:
     dataset: str | None = option(None, "the images (default: the paper's)", choices=sorted(DATASETS))
     image_size: int | None = option(None, "side of the network's input in pixels (default: the data set's own)", low=8,
                                     high=1024)
+    resize: str = option("crop", "how images that are not square become so: their central square, black bars on both "
+                         "sides, or stretched", choices=list(RESIZES))
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,7 @@ def open_published(path: str | Path, content: object, published: Published, opti
     size = options.image_size or DATASETS[dataset].image_size
     crop = size if published.recipe == "imagenet" else None
     images = load(dataset, data or ROOT / "data", "test", image_size=photographs.canvas(crop) if crop else size,
-                  skip_bad_images=skip_bad_images)
+                  skip_bad_images=skip_bad_images, resize=options.resize)
     C, layers = (getattr(options, name) or RECIPES[published.recipe][name] for name in ("init_channels", "layers"))
     classes = state["classifier.bias"].numel() if "classifier.bias" in state else 0
     if classes and classes != images.info.num_classes:

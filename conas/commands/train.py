@@ -68,7 +68,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     loaded_size = photographs.canvas(crop) if crop else data.image_size
     images = distributed.in_turn(
         lambda: load(data.dataset, data.data, "train", image_size=loaded_size, subset=data.subset,
-                     skip_bad_images=data.skip_bad_images, suffixes=suffixes))
+                     skip_bad_images=data.skip_bad_images, suffixes=suffixes, resize=data.resize))
     parts = split(images.labels, held_out)
     stream = Stream(images, parts[0], recipe.batch_size, name="training", seed=options.seed, device=device, crop=crop,
                     flip=recipe.flip, cutout_length=recipe.cutout_length or 0, drop_last=True, workers=data.workers)
@@ -87,7 +87,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "crop": crop,
              "subset": data.subset, "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed,
-             "skip_bad_images": data.skip_bad_images, "test_subset": data.test_subset,
+             "skip_bad_images": data.skip_bad_images, "resize": data.resize, "test_subset": data.test_subset,
              "suffixes": suffixes}
     origin_of_weights += arch.seen_before(origin, about)
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:

@@ -7,7 +7,7 @@ import os
 import threading
 import unicodedata
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,24 +21,26 @@ from conas.files import check_regular
 
 PIXELS = 2**27            # in one image; a file of a few bytes can claim any number
 LARGE = 2**24             # images above are decoded two at a time, as each may take half a gigabyte
+RESIZES = {"crop": ImageOps.fit, "pad": ImageOps.pad, "stretch": Image.Image.resize}  # to a square, by --resize
 _large = threading.Semaphore(2)
 
 
 @dataclass(frozen=True)
 class ImageFiles:
-    """Files below `root`, by their relative names."""
+    """Files below `root`, by their relative names; `resize`, of RESIZES, is how they become square."""
 
     root: Path
     names: list[str]
+    resize: str = "crop"
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, indices: Tensor) -> "ImageFiles":
-        return ImageFiles(self.root, [self.names[i] for i in indices.tolist()])
+        return replace(self, names=[self.names[i] for i in indices.tolist()])
 
     def decode(self, i: int, image_size: int) -> Tensor:
-        """The central square of image i in RGB, resized: uint8 (3, image_size, image_size).
+        """Image i in RGB, made square and resized: uint8 (3, image_size, image_size).
 
         Upright as its EXIF data say; of an animation the first picture; 16 bits become the upper 8, and transparency
         is left out. Raises InputError naming a file that cannot be read.
@@ -50,14 +52,14 @@ class ImageFiles:
                 if image.width * image.height > PIXELS:
                     raise ValueError(f"{image.width} x {image.height} pixels are too many")
                 if image.width * image.height <= LARGE:
-                    return _square(image, image_size)
+                    return _square(image, image_size, self.resize)
                 with _large:
-                    return _square(image, image_size)
+                    return _square(image, image_size, self.resize)
         except Exception as error:  # PIL's decoders raise whatever broken bytes lead them to
             raise InputError(f"{path}: cannot be read as an image ({error}); repair it or take it away") from error
 
 
-def _square(image: Image.Image, image_size: int) -> Tensor:
+def _square(image: Image.Image, image_size: int, resize: str) -> Tensor:
     image.load()
     with suppress(Exception):  # damaged EXIF data say nothing of the pixels, and raise as they like
         ImageOps.exif_transpose(image, in_place=True)
@@ -65,7 +67,10 @@ def _square(image: Image.Image, image_size: int) -> Tensor:
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     if image.mode != "RGB":
         image = image.convert("RGB")
-    image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BILINEAR)
+    longest = max(image.size)
+    if resize == "pad" and round(min(image.size) / longest * image_size) == 0:  # so thin that nothing would be left
+        image = image.resize([image_size if length == longest else 1 for length in image.size])
+    image = RESIZES[resize](image, (image_size, image_size), Image.Resampling.BILINEAR)
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -97,6 +97,7 @@ class ImageSet:
         digest.update(self.labels.numpy())
         images = self.images.source if isinstance(self.images, LazyImages) else self.images
         if isinstance(images, ImageFiles):
+            digest.update(b"" if images.resize == "crop" else images.resize.encode())  # once there was no other
             for name in images.names:
                 size = (images.root / name).stat().st_size
                 digest.update(f"{name}\0{size}\0".encode(errors="surrogateescape"))
@@ -155,14 +156,16 @@ class _Batches(Dataset):
 
 
 def load(dataset: str, root: str | Path, split: str, image_size: int | None = None, subset: int | None = None,
-         skip_bad_images: bool = False, suffixes: Collection[str] | None = None) -> ImageSet:
+         skip_bad_images: bool = False, suffixes: Collection[str] | None = None, resize: str = "crop") -> ImageSet:
     """The split "train" or "test" of a data set in DATASETS, from files below `root`, downloaded if need be.
 
-    `image_size` resizes the images; `subset` leaves that many of them, the same ones each time and as near as
-    possible the same part of every class. Raises InputError for unknown names, wrong sizes, and for files that
-    are missing or damaged. `skip_bad_images` leaves out image files that cannot be read, and lists them on stderr;
-    the others stay in the splits and the order that they would be in. `suffixes` are those of files that are images
-    (default: of all formats that can be read here); what is left out is counted on stderr.
+    `image_size` resizes the images, and `resize` is how files that are not square become so: "crop" takes their central
+    square, "pad" adds black bars on both sides, "stretch" changes their proportions. `subset` leaves that many of them,
+    the same ones each time and as near as possible the same part of every class. Raises InputError for unknown names,
+    wrong sizes, and for files that are missing or damaged. `skip_bad_images` leaves out image files that cannot be
+    read, and lists them on stderr; the others stay in the splits and the order that they would be in. `suffixes` are
+    those of files that are images (default: of all formats that can be read here); what is left out is counted on
+    stderr.
     """
     if dataset not in DATASETS:
         raise InputError(f"--dataset {dataset}: unknown; choose from {', '.join(sorted(DATASETS))}")
@@ -173,6 +176,8 @@ def load(dataset: str, root: str | Path, split: str, image_size: int | None = No
     classes, images, labels = READERS[dataset](Path(root).expanduser(), split, listing)
     if remarks := [*listing.notes, *([f"left out {listing}"] if listing.left_out else [])]:
         _say_once(f"--data {root}: {'; '.join(remarks)}")
+    if isinstance(images, ImageFiles):
+        images = replace(images, resize=resize)
     if subset is not None:
         if not 1 <= subset <= len(labels):
             raise InputError(f"--{'test_' * (split == 'test')}subset {subset}: the {split} split of {dataset} has "

@@ -106,7 +106,7 @@ def read_arguments(folder: Path) -> dict:
     """The arguments of the run in `folder`. Raises InputError if there is none or its args.json is damaged.
 
     A run from before there was --test_subset has the value of --subset, which then held for both splits, and one from
-    before there was --flip that of its data set. A --cutout_length that no --cutout uses is None.
+    before there was --flip that of its data set; --resize was crop. A --cutout_length that no --cutout uses is None.
     """
     arguments = _stored_arguments(folder)
     if "subset" in arguments:
@@ -114,6 +114,7 @@ def read_arguments(folder: Path) -> dict:
     dataset = arguments.get("dataset")
     if isinstance(dataset, str) and dataset in DATASETS:  # else a text
         arguments.setdefault("flip", DATASETS[dataset].flip)
+        arguments.setdefault("resize", "crop")
         arguments["cutout_length"] = arguments.get("cutout_length") if arguments.get("cutout") else None
     return arguments
 

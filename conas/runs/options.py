@@ -6,6 +6,7 @@ from typing import Self
 
 from conas import distributed
 from conas.cli import option
+from conas.data.imagefiles import RESIZES
 from conas.data.images import DATASETS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,6 +22,8 @@ class DataOptions:
                        "the folder of class folders")
     image_size: int | None = option(None, "resize images to this many pixels (default: the data set's own: 224 for "
                                     "imagenet, 32 for other photographs)", low=8, high=1024)
+    resize: str = option("crop", "how images that are not square become so: their central square, black bars on both "
+                         "sides, or stretched", choices=list(RESIZES))
     subset: int | None = option(None, "use only this many of the training images, for trial runs", low=2)
     test_subset: int | None = option(None, "test on only this many of the test images (default: all)", low=2)
     workers: int = option(2, "processes that decode images, for data sets too large for memory", low=0, high=256)

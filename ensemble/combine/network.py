@@ -92,8 +92,8 @@ def load_committee(root: Path, save: str) -> CommitteeNetwork:
         networks.append(checkpoints.restore(file, checkpoint, space, spaces[space].network))
         datasets.append(checkpoint["dataset"])
     for (name, *_), dataset in zip(files, datasets):
-        for key in ("name", "classes", "image_size"):
-            if dataset[key] != datasets[0][key]:
+        for key, before in (("name", None), ("classes", None), ("image_size", None), ("resize", "crop")):
+            if dataset.get(key, before) != datasets[0].get(key, before):  # what there was before the flag
                 raise InputError(f"{path}: {name} and {files[0][0]} have different {key}; start test_ensemble.py again "
                                  "with members of one data set")
     return CommitteeNetwork(networks, [name for name, *_ in files], datasets[0], combination, weights=weights,

@@ -97,8 +97,9 @@ def measure_shift(pool: Mapping[str, tuple[Space, Path]], committee: Committee, 
     about = next(iter(members.values()))[1]
     images = load_images(path, about, options.data, "test", options.skip_bad_images)
     for name, (_, other) in members.items():
-        if other["image_size"] != about["image_size"]:
-            raise InputError(f"--shift: {name} takes images of another size than the first member; leave it out")
+        if [other["image_size"], other.get("resize", "crop")] != [about["image_size"], about.get("resize", "crop")]:
+            raise InputError(f"--shift: {name} takes images of another size than the first member, or made square in "
+                             "another way; leave it out")
     source = find_source(images, Path(options.data or about["root"]))
 
     curves = {name: {} for name in [*members, "committee"]}
