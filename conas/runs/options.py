@@ -28,6 +28,8 @@ class DataOptions:
     test_subset: int | None = option(None, "test on only this many of the test images (default: all)", low=2)
     workers: int = option(2, "processes that decode images, for data sets too large for memory", low=0, high=256)
     skip_bad_images: bool = option(False, SKIP)
+    follow_links: bool = option(False, "read folders and images that are links to elsewhere, which are refused "
+                                "otherwise")
 
 
 @dataclass

@@ -42,7 +42,8 @@ IMAGES = {"name": lambda value: _is_text(value) and value in DATASETS, "root": _
 MORE = {"crop": _optional(_between(1, SIDE, int)), "train_portion": _between(0, 1, int, float),
         "split_seed": _between(0, 2**31 - 1, int), "test_subset": _optional(_between(1, 2**62, int)),
         "skip_bad_images": lambda value: type(value) is bool,
-        "resize": lambda value: _is_text(value) and value in RESIZES, "suffixes": _is_texts}
+        "resize": lambda value: _is_text(value) and value in RESIZES, "suffixes": _is_texts,
+        "follow_links": lambda value: type(value) is bool}
 NETWORK = {"C": _between(1, NUMBER, int), "num_classes": _between(1, NUMBER, int), "layers": _between(1, LAYERS, int),
            "in_channels": _between(1, NUMBER, int), "image_size": _between(1, SIDE, int)}
 TEXTS = {name: IMAGES[name] for name in ("root", "classes", "fingerprint")} | {"name": _is_text}

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from conas.commands.scoring import load_images
 from conas.data.images import load, survey
 from conas.data.sources import is_split_here
 from conas.errors import InputError
@@ -70,6 +71,14 @@ def test_a_flat_validation_folder_with_a_list(tmp_path, name, between, more, hea
         rows = [(Path(image).stem, label) for image, label in rows]
     write(tmp_path / name, [*([header] if header else []), *rows], between, more)
     check(tmp_path, dataset)
+
+
+def test_a_link_to_itself_beside_the_parts_does_no_harm(tmp_path):
+    class_folders(tmp_path / "train")
+    write(tmp_path / "val.txt", flat(tmp_path / "val"))
+    (tmp_path / "val_loop.txt").symlink_to("val_loop.txt")
+    (tmp_path / "loop").symlink_to("loop")
+    check(tmp_path)
 
 
 def test_names_with_blanks_and_folders(tmp_path):
@@ -160,4 +169,39 @@ def test_predictions_count_links_to_folders(tmp_path, capsys):
     save(tmp_path / "elsewhere" / "b.png")
     (tmp_path / "images" / "link").symlink_to("../elsewhere")
     assert find_images([str(tmp_path / "images")]) == [str(tmp_path / "images" / "a.png")]
-    assert "left out 1 link to folders, which are not followed" in capsys.readouterr().err
+    assert "left out 1 link to folders (--follow_links reads them)" in capsys.readouterr().err
+    (tmp_path / "elsewhere" / "back").symlink_to("../images")
+    found = find_images([str(tmp_path / "images")], follow_links=True)
+    assert [Path(name).name for name in found] == ["a.png", "b.png"]
+
+
+def linked(root: Path) -> Path:
+    """A data folder of links: to class folders, to a part, and to an image."""
+    class_folders(root / "store", 6)
+    flat(root / "flat")
+    (root / "data" / "train").mkdir(parents=True)
+    for name in CLASSES:
+        (root / "data" / "train" / name).symlink_to(f"../../store/{name}")
+    (root / "data" / "val").symlink_to("../flat")
+    write(root / "data" / "val.txt", [(f"val_{i}.png", CLASSES[(2 * i + 1) % 3]) for i in range(6)])
+    return root / "data"
+
+
+def test_links_are_followed_by_a_switch_in_training_and_tests(tmp_path):
+    root = linked(tmp_path)
+    with pytest.raises(InputError, match=r"n01: is a link to a folder, .*; give --follow_links, put a copy"):
+        load("folder", root, "train")
+    train, test = (load("folder", root, split, image_size=8, follow_links=True) for split in ("train", "test"))
+    assert len(train) == 18 and [x // 40 for x in test.images[:, 0, 4, 4].tolist()] == test.labels.tolist()
+    says = {"name": "folder", "root": str(root), "image_size": 8, "subset": None, "classes": list(CLASSES),
+            "fingerprint": train.fingerprint, "suffixes": [".png"], "follow_links": True}
+    assert len(load_images(Path("best.pt"), says, None, "train")) == 18
+    assert len(load_images(Path("best.pt"), says, None, "test")) == 6
+
+
+@pytest.mark.parametrize("link, target", [("train/n01/x", "."), ("train/n04", "n01"), ("train/n02/y", "../n01")])
+def test_a_folder_that_links_lead_to_twice_is_refused(tmp_path, link, target):
+    class_folders(tmp_path / "train", 6)
+    (tmp_path / link).symlink_to(target)
+    with pytest.raises(InputError, match=r"leads to a folder that is read already, .*n01; take the link away"):
+        load("folder", tmp_path, "train", follow_links=True)
