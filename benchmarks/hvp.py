@@ -22,7 +22,6 @@ from benchmarks.machine import machine, several, spread, write
 from cnn_space1.architect import Architect
 from cnn_space1.model_search import Network
 from conas.draw.cell import defaults, save_figure
-from conas.engine.manual_grad import twice_differentiable
 from conas.runs.options import ROOT
 
 RADII = [10.0 ** -k for k in range(6)]
@@ -55,8 +54,7 @@ def problem(seed: int, size: tuple, dtype: torch.dtype) -> tuple[Architect, list
 def distances(seed: int, smooth: bool) -> list[float]:
     """The relative distance at each radius."""
     architect, (train, valid) = problem(seed, SMALL, torch.float64)
-    # gradients by hand are those of ReLU: with another function, autograd must find them
-    with Smooth() if smooth else nullcontext(), twice_differentiable() if smooth else nullcontext():
+    with Smooth() if smooth else nullcontext():
         w = architect.weights()
         d = architect.grad_weights(valid, w)
         exact = architect.exact_product(train, w, d)

@@ -34,6 +34,7 @@ from cnn_space1.model_search import Network
 from conas import distributed
 from conas.cli import find_device
 from conas.commands.search import weight_step
+from conas.engine.door import accelerate
 
 XI = 0.025
 
@@ -43,7 +44,7 @@ def make_step(options: argparse.Namespace, images: int) -> Callable[[], None]:
     torch.manual_seed(0)
     device = find_device(options.device)
     network = Network(C=options.init_channels, layers=options.layers).to(device)
-    network.synced = options.sync_bn
+    accelerate(network, options.sync_bn)
     optimizer = torch.optim.SGD(network.weights().values(), lr=XI, momentum=0.9, weight_decay=3e-4)
     architect = Architect(network, optimizer)
     shape = images, 3, options.image_size, options.image_size

@@ -31,6 +31,7 @@ from conas.data.images import load
 from conas.data.listing import Listing
 from conas.data.sources import READERS
 from conas.engine.cuda_graph import Replayed
+from conas.engine.packed import PackedPass
 
 IMAGES = {"train": 50_000, "test": 10_000}
 
@@ -67,10 +68,13 @@ def measure(flags: list[str], steps: int | None, device: torch.device) -> dict:
     """Seconds of the parts of one epoch."""
     clock = Clock(device)
 
-    class TimedNetwork(Network):
-        def with_weights(self, *arguments):
-            passing = super().with_weights
-            return passing(*arguments) if self.training else clock.timed("validation", passing)(*arguments)
+    passing = PackedPass.run
+
+    def timed_pass(packed: PackedPass, *arguments):
+        of = passing if packed.network.training else clock.timed("validation", passing)
+        return of(packed, *arguments)
+
+    PackedPass.run = timed_pass
 
     class TimedArchitect(Architect):
         def step(self, *arguments):
@@ -98,7 +102,7 @@ def measure(flags: list[str], steps: int | None, device: torch.device) -> dict:
     searching.write_epoch = clock.timed("checkpoint", searching.write_epoch)
     groups = parse("", searching.GROUPS, [*flags, "--epochs", "1", "--device", str(device)])
     with tempfile.TemporaryDirectory() as folder:
-        clock.timed("all", searching.search)(Space("cnn_space1", Path(folder), TimedNetwork), TimedArchitect, *groups)
+        clock.timed("all", searching.search)(Space("cnn_space1", Path(folder), Network), TimedArchitect, *groups)
     return clock.seconds
 
 

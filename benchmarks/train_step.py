@@ -24,10 +24,10 @@ from benchmarks.machine import machine, several, spread, write
 from conas.cli import find_device
 from conas.commands.train import train_step
 from conas.darts.derived import NetworkCIFAR
-from conas.darts.operations import DepthwiseConv2d
 from conas.darts.published import GENOTYPES
 from conas.data.batches import Stream
 from conas.data.images import DATASETS, DataInfo, ImageSet
+from conas.engine.convolutions import accelerate_convolutions
 from conas.engine.precision import find_precision
 from conas.runs.options import RecipeOptions
 from conas.runs.progress import Course
@@ -51,19 +51,6 @@ def sgd(network: nn.Module, **settings) -> torch.optim.SGD:
 
 # the textbook
 
-def plain(module: nn.Module) -> nn.Module:
-    """The module with torch's own depthwise convolutions."""
-    for name, child in module.named_children():
-        if isinstance(child, DepthwiseConv2d):
-            conv = nn.Conv2d(child.in_channels, child.out_channels, child.kernel_size, child.stride, child.padding,
-                             child.dilation, child.groups, bias=False)
-            conv.weight = child.weight
-            setattr(module, name, conv)
-        else:
-            plain(child)
-    return module
-
-
 def cutout(image: torch.Tensor) -> torch.Tensor:
     row, column = (np.random.randint(32) for _ in range(2))
     image[:, max(row - CUTOUT // 2, 0):row + CUTOUT // 2, max(column - CUTOUT // 2, 0):column + CUTOUT // 2] = 0
@@ -86,7 +73,7 @@ class TextbookImages(Dataset):
 
 def textbook(options: argparse.Namespace, images: ImageSet, device: torch.device) -> Iterator[None]:
     """One step for each next()."""
-    network = plain(build(options, device))
+    network = build(options, device)
     optimizer = sgd(network, foreach=False)
     loader = DataLoader(TextbookImages(images), options.batch_size, shuffle=True, num_workers=options.workers,
                         pin_memory=device.type == "cuda", drop_last=True, persistent_workers=options.workers > 0)
@@ -107,7 +94,7 @@ def textbook(options: argparse.Namespace, images: ImageSet, device: torch.device
 
 def ours(options: argparse.Namespace, images: ImageSet, device: torch.device, amp: bool) -> Iterator[None]:
     """One step of train.py for each next()."""
-    network = build(options, device).to(memory_format=torch.channels_last)
+    network = accelerate_convolutions(build(options, device)).to(memory_format=torch.channels_last)
     forward = torch.compile(network) if options.compile else network
     optimizer = sgd(network, fused=True)
     stream = Stream(images, torch.arange(len(images)), options.batch_size, name="training", seed=0, device=device,
@@ -123,7 +110,7 @@ def ours(options: argparse.Namespace, images: ImageSet, device: torch.device, am
 
 def bare(options: argparse.Namespace, images: ImageSet, device: torch.device, amp: bool) -> Iterator[None]:
     """Forward and backward of our network for each next()."""
-    network = build(options, device).to(memory_format=torch.channels_last)
+    network = accelerate_convolutions(build(options, device)).to(memory_format=torch.channels_last)
     forward = torch.compile(network) if options.compile else network
     x, y = next(images.batches(options.batch_size, device))
     y = y.to(device)

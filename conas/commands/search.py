@@ -11,15 +11,18 @@ from conas.cli import find_device, parse
 from conas.commands.preflight import check_data
 from conas.commands.scoring import validate
 from conas.darts import genotype as genotypes
-from conas.darts.architect import Batch, Bilevel
+from conas.darts.architect import Batch, Bilevel, constant_alphas
 from conas.darts.space import Space
-from conas.darts.supernet import Supernet, constant_alphas
+from conas.darts.supernet import Supernet
 from conas.data.batches import Stream, stratified_split
 from conas.data.images import load
 from conas.draw.cell import draw_genotype
 from conas.draw.tensorboard import Board
+from conas.engine.check import check_engine
 from conas.engine.cuda_graph import Replayed, graph_fits, on_device
-from conas.engine.precision import checkpointed, find_precision, set_tf32
+from conas.engine.cuda_streams import at_once
+from conas.engine.door import accelerate, why_not
+from conas.engine.precision import checkpoint_cells, find_precision, set_tf32
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run, begun_with, folder_name, suffixes_of
@@ -61,7 +64,7 @@ def weight_step(network: Supernet, optimizer: torch.optim.Optimizer, batch: Batc
     before = snapshot(network) if skip else None
     w = network.flat().detach().requires_grad_()
     with constant_alphas(network), torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        logits = network(images, w)
+        logits = network.with_weights(images, w)
         loss = distributed.weighed(cross_entropy(logits, labels), len(labels))
     loss.backward(inputs=[w])
     weights = network.packing()
@@ -102,12 +105,14 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
 
     seed_generators(options.seed)
     network = space.network(supernet.init_channels, images.info.num_classes, supernet.layers, images.info.channels)
-    network.synced = processes.sync_bn
     network.to(device, memory_format=torch.channels_last)
+    reason = why_not(network) if speed.engine else "--no-engine"
+    packed = accelerate(network, processes.sync_bn, wanted=speed.engine)
     optimizer = weight_optimizer(network, weights)
     architect = architect_class(network, optimizer, arch_learning_rate=alphas.arch_learning_rate,
                                 arch_weight_decay=alphas.arch_weight_decay, unrolled=alphas.unrolled,
                                 hvp=alphas.hvp)
+    architect.at_once = at_once
     about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "subset": data.subset,
              "classes": list(images.info.classes), "fingerprint": images.fingerprint,
              "train_portion": augment.train_portion, "split_seed": augment.split_seed,
@@ -133,6 +138,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                 f"{images.info.num_classes} classes; epochs {start} to {weights.epochs - 1} on {device}"
                 f"{' in bfloat16, alphas in float32' if amp else ''}{resumed(start, begun)}")
 
+        if packed is None:
+            run.log(f"the engine is off ({reason}): the whole network runs by its definition, conas/darts/supernet.py")
         for warning in train.warnings():
             run.log(warning)
         skip = keep.on_nan == "skip"
@@ -143,8 +150,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
             return None
 
         if speed.checkpoint_cells:
-            network.run_cell = checkpointed(network.run_cell)
-        graph = device.type == "cuda" if speed.cuda_graph is None else speed.cuda_graph
+            checkpoint_cells(network, packed)
+        graph = device.type == "cuda" and packed is not None if speed.cuda_graph is None else speed.cuda_graph
         graph = graph and graph_fits(device, skip, run.log)
         for own in (optimizer, architect.alpha_optimizer):
             on_device(own, graph)
@@ -166,8 +173,12 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                     "optimizer": optimizer.state_dict(), "alpha_optimizer": architect.alpha_optimizer.state_dict(),
                     "metrics": metrics, "course": course.state()}
 
+            unchecked = packed is not None
             for step in course:
                 batch, valid_batch = next(train_batches), next(valid_batches)
+                if unchecked:
+                    check_engine(packed, valid_batch)
+                    unchecked = False
                 result = iterate(batch, valid_batch, lr)
                 if result is None:
                     course.skip_step()

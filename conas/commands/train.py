@@ -13,6 +13,7 @@ from conas.commands import cells as arch
 from conas.commands.preflight import check_data
 from conas.commands.scoring import validate
 from conas.darts import genotype as genotypes
+from conas.darts.batchnorm import use_exact_sums
 from conas.darts.derived import DerivedNetwork, count_parameters
 from conas.darts.genotype import Genotype
 from conas.darts.space import Space
@@ -21,6 +22,7 @@ from conas.data.batches import Stream
 from conas.data.images import load
 from conas.data.splits import generator, stratified_split
 from conas.engine import batchnorm as synced
+from conas.engine.convolutions import accelerate_convolutions
 from conas.engine.precision import compiler_works, find_precision
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
@@ -79,6 +81,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
                          data.image_size, genotype)
     origin_of_weights = arch.begin_from(network, origin) if origin else "all weights initialised at random"
     network.drop_path_images = recipe.batch_size
+    use_exact_sums(accelerate_convolutions(network))
     if processes.sync_bn:
         synced.convert(network)
     network.to(device, memory_format=torch.channels_last)

@@ -14,16 +14,16 @@ docs/options.md shows how far apart they are.
 Weights, velocity and their gradients are one flat vector each, and so are the alphas: the lines of a space's
 update are then the lines above.
 """
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from conas import distributed
-from conas.darts.supernet import Supernet, constant_alphas, frozen_statistics
-from conas.engine.cuda_streams import at_once
-from conas.engine.manual_grad import twice_differentiable
+from conas.darts.passes import by_definition, constant_alphas, frozen_statistics
+from conas.darts.supernet import Supernet
 
 Batch = tuple[Tensor, Tensor]  # images (N, C, H, W), labels (N,); of several processes each has its part
 
@@ -36,7 +36,8 @@ class Bilevel:
     `optimizer` is the SGD of the weights: the virtual step reads its momentum, velocity and weight decay, so that
     it is the step that the weights are about to take. Nothing here changes weights or BatchNorm statistics.
     `hvp` is how `hessian_vector` multiplies: "difference" or "exact".
-    A subclass for networks that do not classify images has another `loss`.
+    All passes of a step draw the same random numbers (noise, drop path): equation 8 is the difference of one function
+    at two places, not of two functions. A subclass for networks that do not classify images has another `loss`.
     """
 
     betas = (0.5, 0.999)  # of the alphas' Adam
@@ -44,6 +45,8 @@ class Bilevel:
     def __init__(self, network: Supernet, optimizer: torch.optim.SGD, *, arch_learning_rate: float = 3e-4,
                  arch_weight_decay: float = 1e-3, unrolled: bool = True, hvp: str = "difference"):
         self.network, self.optimizer, self.unrolled, self.hvp = network, optimizer, unrolled, hvp
+        self.at_once = one_after_the_other  # or what runs both passes of equation 8 at once
+        self._random: RandomState | None = None  # of the step that is being taken
         self.momentum = optimizer.param_groups[0]["momentum"]
         self.weight_decay = optimizer.param_groups[0]["weight_decay"]
         self._weights, self._alphas = network.packing(), list(network.alphas().values())
@@ -54,7 +57,7 @@ class Bilevel:
                                                 weight_decay=arch_weight_decay)
 
     def hypergradient(self, train: Batch, valid: Batch, xi: float) -> Tensor:
-        """The gradient of the validation loss by the flat alphas, through the virtual step of rate `xi`."""
+        """The gradient of the validation loss w.r.t. the flat alphas, through the virtual step of rate `xi`."""
         raise NotImplementedError("a space's architect.py states its update here")
 
     def step(self, train: Batch, valid: Batch, xi: float, skip: bool = False) -> bool:
@@ -62,7 +65,10 @@ class Bilevel:
 
         With `skip`, which waits for the device, there is none if the gradient is not finite. Returns whether there was.
         """
-        with frozen_statistics(self.network):
+        if any(p is not now for p, now in zip(self._weights, self.network.packing())):
+            raise RuntimeError("the order of the network's flat weights has changed since its architect was made; "
+                               "accelerate the network first")
+        with frozen_statistics(self.network), self._replayed():
             gradient = self.hypergradient(train, valid, xi) if self.unrolled else self.grad_alpha(valid, self.weights())
         if skip and not gradient.isfinite().all():
             return False
@@ -95,18 +101,18 @@ class Bilevel:
         """grad_w L(w, a) on `batch`."""
         w = w.detach().requires_grad_()
         with constant_alphas(self.network):
-            (gradient,) = distributed.averaged(torch.autograd.grad(self.loss(batch, w), [w]), self.count(batch))
+            (gradient,) = distributed.averaged(torch.autograd.grad(self._loss(batch, w), [w]), self.count(batch))
         return gradient
 
     def grad_alpha(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_a L(w, a) on `batch`; no gradient of the weights is computed."""
-        gradient = _flatten(torch.autograd.grad(self.loss(batch, w.detach()), self._alphas))
+        gradient = _flatten(torch.autograd.grad(self._loss(batch, w.detach()), self._alphas))
         return distributed.averaged([gradient], self.count(batch))[0]
 
     def grad_alpha_and_weights(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
         """grad_a L(w, a) and grad_w L(w, a) on `batch`, in one pass."""
         w = w.detach().requires_grad_()
-        *alphas, weights = torch.autograd.grad(self.loss(batch, w), [*self._alphas, w])
+        *alphas, weights = torch.autograd.grad(self._loss(batch, w), [*self._alphas, w])
         alphas, weights = distributed.averaged([_flatten(alphas), weights], self.count(batch))
         return alphas, weights
 
@@ -117,18 +123,32 @@ class Bilevel:
     def difference_quotient(self, batch: Batch, w: Tensor, d: Tensor, r: float = PERTURBATION) -> Tensor:
         """The right side of equation 8, with |eps d| = r."""
         eps = r / d.norm()
-        plus, minus = at_once(w.device, lambda: self.grad_alpha(batch, w + eps * d),
-                              lambda: self.grad_alpha(batch, w - eps * d))
+        plus, minus = self.at_once(w.device, lambda: self.grad_alpha(batch, w + eps * d),
+                                   lambda: self.grad_alpha(batch, w - eps * d))
         return (plus - minus) / (2 * eps)
 
     def exact_product(self, batch: Batch, w: Tensor, d: Tensor) -> Tensor:
-        """The left side of equation 8, by double backward: the gradient of (grad_w L . d) by the alphas."""
+        """The left side of equation 8, by double backward: the gradient of (grad_w L . d) w.r.t. the alphas."""
         w = w.detach().requires_grad_()
-        with twice_differentiable():
-            (gradient,) = torch.autograd.grad(self.loss(batch, w), [w], create_graph=True)
+        with by_definition(self.network):  # an engine's gradients are no graph
+            (gradient,) = torch.autograd.grad(self._loss(batch, w), [w], create_graph=True)
             product = _flatten(torch.autograd.grad(gradient, self._alphas, d))
         (product,) = distributed.averaged([product], self.count(batch))
         return product
+
+    @contextmanager
+    def _replayed(self) -> Iterator[None]:
+        """Inside, every pass begins with the random state that there is now."""
+        self._random = RandomState(self._flat.device)
+        try:
+            yield
+        finally:
+            self._random = None
+
+    def _loss(self, batch: Batch, w: Tensor) -> Tensor:
+        if self._random is not None:
+            self._random.restore()
+        return self.loss(batch, w)
 
     def loss(self, batch: Batch, w: Tensor) -> Tensor:
         """L(w, a) on `batch` with the weights in the flat vector `w`: the mean cross-entropy in nats, `weighed`."""
@@ -142,3 +162,30 @@ class Bilevel:
 
 def _flatten(tensors: Iterable[Tensor]) -> Tensor:
     return torch.cat([t.reshape(-1) for t in tensors])
+
+
+def one_after_the_other(device: torch.device, first: Callable[[], Tensor], second: Callable[[], Tensor]
+                        ) -> tuple[Tensor, Tensor]:
+    """The results of two passes."""
+    return first(), second()
+
+
+class RandomState:
+    """The state of the random generators that a pass on `device` draws from; nothing while a CUDA graph is recorded."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.recording = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        if not self.recording:
+            self.state = torch.get_rng_state()
+            self.of_device = (torch.cuda.get_rng_state(device) if device.type == "cuda" else
+                              torch.mps.get_rng_state() if device.type == "mps" else None)
+
+    def restore(self) -> None:
+        """Let the generators go on from that state."""
+        if not self.recording:
+            torch.set_rng_state(self.state)
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(self.of_device, self.device)
+            elif self.device.type == "mps":
+                torch.mps.set_rng_state(self.of_device)

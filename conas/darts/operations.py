@@ -3,45 +3,17 @@
 Every operation maps (N, C, H, W) to (N, C, ceil(H/stride), ceil(W/stride)). Submodule names are those of the
 published DARTS code, so that its `state_dict` files load. `affine` is False throughout a supernet.
 """
+from collections.abc import Collection, Sequence
+from difflib import get_close_matches
+from functools import lru_cache
+
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import avg_pool2d, pad
 
-from conas.engine.depthwise import blockwise, convolve_back, goes_by_phases
-from conas.engine.manual_grad import Tape, by_hand
-from conas.engine.pooling import AveragePool
+from conas.errors import InputError
 
-
-class DepthwiseConv2d(nn.Conv2d):
-    """One k x k kernel for each of C channels, k odd, "same" padding: (N, C, H, W) to (N, C, ceil(H/stride), ...)."""
-
-    def __init__(self, C: int, kernel_size: int, stride: int, padding: int, dilation: int):
-        super().__init__(C, C, kernel_size, stride, padding, dilation, groups=C, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        maps = x.permute(0, 2, 3, 1)[None]
-        if goes_by_phases(maps, self.stride[0], self.dilation[0]):
-            (out,) = blockwise(maps, self.weight, 1, 2)
-            return out[0].permute(0, 3, 1, 2)
-        # other devices and autocast's dtypes have kernels that are good as they are
-        plain = x.device.type == "cpu" and not torch.is_autocast_enabled("cpu")
-        if plain and self.stride == (1, 1) and torch.is_grad_enabled():
-            return by_hand(self._run, x, self.weight)
-        return super().forward(x)
-
-    def _run(self, tape: Tape, x: Tensor, weight: Tensor):
-        x_wanted, weight_wanted = tape.wanted
-        out, shape = super().forward(x), x.permute(0, 2, 3, 1)[None].shape
-        kept, kept_weight, dilation = tape.keep(x if weight_wanted else None), tape.keep(weight), self.dilation[0]
-
-        def back(grad):
-            states = kept().permute(0, 2, 3, 1)[None] if weight_wanted else None
-            weight = kept_weight()
-            d_x, d_weight = convolve_back(grad.permute(0, 2, 3, 1)[None], shape, states, [weight], [weight.flip(2, 3)],
-                                          1, dilation, x_wanted)
-            return d_x[0].permute(0, 3, 1, 2) if x_wanted else None, d_weight[0] if weight_wanted else None
-
-        return out, back
-
+RIGHT_GRADIENT = ("cpu",)  # devices on which torch's gradient of average pooling is right
 
 class ReLUConvBN(nn.Module):
     """ReLU, convolution, BatchNorm."""
@@ -62,7 +34,7 @@ def _separable(C: int, kernel_size: int, stride: int, padding: int, dilation: in
     """ReLU, depthwise convolution, pointwise convolution, BatchNorm."""
     return [
         nn.ReLU(),
-        DepthwiseConv2d(C, kernel_size, stride, padding, dilation),
+        nn.Conv2d(C, C, kernel_size, stride, padding, dilation, groups=C, bias=False),
         nn.Conv2d(C, C, 1, bias=False),
         nn.BatchNorm2d(C, affine=affine),
     ]
@@ -121,6 +93,36 @@ class Zero(nn.Module):
         return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
 
 
+class AveragePool(nn.AvgPool2d):
+    """`average_pool` as a module."""
+
+    def __init__(self, stride: int):
+        super().__init__(3, stride, padding=1, count_include_pad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return average_pool(x, self.stride)
+
+
+def average_pool(x: Tensor, stride: int) -> Tensor:
+    """The mean of the 3x3 pixels around each that lie inside the image: (N, C, H, W) to (N, C, ceil(H/stride), ...).
+
+    On GPUs without torch's gradient: that of avg_pool2d is wrong on CUDA for padded images in channels last, seen with
+    version 2.11 (pytorch/pytorch#188344), and nothing says so. The mean of those n pixels of a window that lie inside
+    is the mean of the zero-padded window times 9 / n, so pooling without padding does.
+    """
+    if x.device.type in RIGHT_GRADIENT or not (x.requires_grad and torch.is_grad_enabled()):
+        return avg_pool2d(x, 3, stride, 1, count_include_pad=False)
+    means = avg_pool2d(pad(x, (1, 1, 1, 1)), 3, stride)
+    return torch.addcmul(means, means, missing_pixels(*x.shape[2:], stride, x.dtype, x.device))
+
+
+@lru_cache
+def missing_pixels(H: int, W: int, stride: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """(H', W'): 9 / n - 1 for 3x3 windows that have n pixels inside an image (H, W)."""
+    share = avg_pool2d(torch.ones(1, H, W, dtype=torch.float64, device="cpu"), 3, stride, 1)  # n / 9
+    return (1 / share[0] - 1).to(device, dtype)
+
+
 def _conv_7x1_1x7(C: int, stride: int, affine: bool) -> nn.Module:
     return nn.Sequential(
         nn.ReLU(),
@@ -142,3 +144,16 @@ OPERATIONS = {
     "dil_conv_5x5": lambda C, stride, affine: DilConv(C, 5, stride, affine),
     "conv_7x1_1x7": _conv_7x1_1x7,
 }
+
+
+def check_primitives(primitives: Sequence[str], operations: Collection[str]) -> None:
+    """Raise InputError unless a space can search over these: known, distinct, and one of them other than `none`."""
+    for name in primitives:
+        if name not in operations:
+            near = get_close_matches(str(name), operations, 3, 0.4) or sorted(operations)
+            raise InputError(f"PRIMITIVES: {name!r} is no operation; did you mean {' or '.join(near)}? An operation of "
+                             "your own goes into OPERATIONS of genotypes.py")
+    if twice := sorted({name for name in primitives if list(primitives).count(name) > 1}):
+        raise InputError(f"PRIMITIVES: {', '.join(twice)} is there twice; take one away, since each has an alpha")
+    if not set(primitives) - {"none"}:
+        raise InputError(f"PRIMITIVES: {', '.join(primitives) or 'empty'}; a cell needs an operation other than none")

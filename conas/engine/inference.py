@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from conas.darts.supernet import Supernet
+from conas.engine.convolutions import accelerate_convolutions
+from conas.engine.door import why_not
+from conas.engine.packed import PackedPass
 
 
 class Prepared(nn.Module):
@@ -25,7 +28,8 @@ class Prepared(nn.Module):
     def __init__(self, network: Supernet):
         super().__init__()
         weight, self._counts, made = network.stem[0].weight, [], []
-        self._pass, self.dtype = network.with_weights, weight.dtype  # a bound method: the network is no part of this
+        packed = PackedPass(network)
+        self._pass, self.dtype = packed.run, weight.dtype  # a bound method: the network is no part of this
         kind = weight.device.type
         self.computed_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
@@ -37,7 +41,9 @@ class Prepared(nn.Module):
 
         with torch.no_grad(), torch.autocast(kind, enabled=False):
             some = torch.zeros(1, weight.shape[1], 8, 8, device=weight.device, dtype=self.computed_in)
-            network.eval().with_weights(some, network.flat().to(self.computed_in), make)
+            network.eval()
+            flat = torch.cat([network.get_parameter(name).reshape(-1) for name in packed.order])
+            packed.run(some, flat.to(self.computed_in), make)
             for number, tensor in enumerate(made):
                 self.register_buffer(f"made_{number}", tensor.clone())
 
@@ -51,11 +57,12 @@ class Prepared(nn.Module):
 
 
 def prepared(network: nn.Module) -> nn.Module:
-    """A network in evaluation mode for many batches: `Prepared` of a supernet, unless its space has a `forward` of its
-    own. Of others all there is to do is to have weights channels last.
+    """A network in evaluation mode for many batches: `Prepared` of a supernet that the engine knows.
+
+    Of others all there is to do is to have weights channels last.
     """
     if isinstance(network, Prepared):
         return network
-    if isinstance(network, Supernet) and type(network).forward is Supernet.forward:
+    if isinstance(network, Supernet) and why_not(network) is None:
         return Prepared(network)
-    return network.eval().to(memory_format=torch.channels_last)
+    return accelerate_convolutions(network).eval().to(memory_format=torch.channels_last)

@@ -1,33 +1,12 @@
-"""Gradients by hand, or derivatives as often as one likes.
+"""Gradients that are written by hand: they save memory and passes, and can be differentiated no further.
 
-Gradients by hand save memory and passes, but they are no graph, so nothing can be differentiated through them. The same
-forward passes are made of differentiable operations of torch, and so need no second formula: where every derivative
-is wanted, or a compiler looks for them itself, autograd records them.
+Where a second derivative is needed the definition in conas/darts/supernet.py serves.
 """
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-_wanted = True  # not of a thread: checkpointed cells are computed again in autograd's
-
-
-def is_twice_differentiable() -> bool:
-    """Whether the present pass is inside `twice_differentiable`."""
-    return not _wanted
-
-
-@contextmanager
-def twice_differentiable() -> Iterator[None]:
-    """Inside, forward passes of supernets have derivatives of every order. Their backward passes belong inside too."""
-    global _wanted
-    before, _wanted = _wanted, False
-    try:
-        yield
-    finally:
-        _wanted = before
 
 
 class Tape:
@@ -53,8 +32,7 @@ def by_hand(run: Callable, *inputs: Tensor | None) -> Tensor:
     `run` returns it with `back`, which makes the gradients by all inputs of that by the output, at most once. What
     `run` does must be differentiable by itself too.
     """
-    recording = is_twice_differentiable() or torch.compiler.is_compiling()
-    return recorded(run, *inputs) if recording else _ByHand.apply(run, *inputs)
+    return recorded(run, *inputs) if torch.compiler.is_compiling() else _ByHand.apply(run, *inputs)
 
 
 def recorded(run: Callable, *inputs: Tensor | None) -> Tensor:

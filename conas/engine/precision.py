@@ -3,8 +3,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
+from conas.darts.supernet import Supernet
+from conas.engine.packed import PackedPass
 from conas.errors import InputError
 
 
@@ -32,14 +35,50 @@ def compiler_works(device: torch.device, log: Callable[[str], None]) -> bool:
     return True
 
 
-def checkpointed(run_cell: Callable) -> Callable:
-    """A Supernet's `run_cell` that keeps nothing of a cell for the backward pass but its input, and computes it again.
+def checkpoint_cells(network: Supernet, packed: PackedPass | None) -> None:
+    """Let a supernet keep nothing of a cell for the backward pass but its inputs, and compute it again.
 
-    Training of deep neural networks in sublinear memory, arXiv:1604.06174. The numbers are the same, bit for bit.
+    Training of deep neural networks in sublinear memory, arXiv:1604.06174. The numbers are the same, bit for bit:
+    random numbers are drawn again, and running statistics follow the first time only. `packed` is the network's
+    engine, if it has one.
     """
-    def run(cell: nn.Module, *arguments) -> Tensor:
-        if not torch.is_grad_enabled():
-            return run_cell(cell, *arguments)
-        return checkpoint(run_cell, cell, *arguments, use_reentrant=False, preserve_rng_state=False)
+    if packed is not None:
+        run_cell = packed.run_cell
+        packed.run_cell = lambda *arguments: (checkpoint(run_cell, *arguments, use_reentrant=False,
+                                                         preserve_rng_state=False)
+                                              if torch.is_grad_enabled() else run_cell(*arguments))
+    for cell in network.cells:  # for passes that need the definition
+        cell.forward = _Checkpointed(cell, cell.forward)
 
-    return run
+
+class _Checkpointed:
+    """A cell's forward that is computed again for its gradient."""
+
+    same_numbers = True  # see conas/engine/door.py
+
+    def __init__(self, cell: nn.Module, forward: Callable):
+        self.cell, self.forward = cell, forward
+
+    def __call__(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self.forward(s0, s1, weights)
+        parameters = dict(self.cell.named_parameters())  # of this pass: `functional_call` takes them away after it
+        buffers: dict[str, Tensor] = {}  # the first time the cell's own, whose running statistics follow
+
+        def run(s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
+            state = {f"cell.{name}": tensor for name, tensor in (parameters | buffers).items()}
+            buffers.update((name, buffer.clone()) for name, buffer in self.cell.named_buffers())
+            return functional_call(_Forward(self.cell, self.forward), state, (s0, s1, weights))
+
+        return checkpoint(run, s0, s1, weights, use_reentrant=False)
+
+
+class _Forward(nn.Module):
+    """A cell by a forward that is not its present one."""
+
+    def __init__(self, cell: nn.Module, forward: Callable):
+        super().__init__()
+        self.cell, self.of_cell = cell, forward
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.of_cell(*inputs)

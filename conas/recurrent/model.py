@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding, linear
 
+from conas.darts.batchnorm import Statistics
 from conas.recurrent.found_cell import Plan, run_cell
 from conas.recurrent.genotype import EDGES, STEPS, Genotype, check, derive
 from conas.recurrent.loss import decoded_loss
@@ -162,7 +163,7 @@ class RecurrentSupernet(LanguageModel):
     def __init__(self, words: int, units: int):
         super().__init__(words, units, RecurrentCell(units, STEPS, normalised=True))
         self.alphas_recurrent = nn.Parameter(1e-3 * torch.randn(EDGES, len(self.primitives)))
-        self.frozen = False  # see `conas.darts.supernet.frozen_statistics`
+        self.statistics = Statistics()  # see `conas.darts.passes.frozen_statistics`
         self._active = sorted((k for k, name in enumerate(self.primitives) if name not in ("none", "identity")),
                               key=lambda k: self.primitives[k] != "relu")  # as `run_supernet` wants them
 
@@ -176,7 +177,7 @@ class RecurrentSupernet(LanguageModel):
         activations = ["identity", *(self.primitives[k] for k in self._active)]
         outputs, means, variances = run_supernet(x, hidden, W_hidden, Ws, mask, probabilities, activations, statistics,
                                                  bn.eps, self._workspace)
-        if self.training and not self.frozen:
+        if self.training and not self.statistics.frozen:
             self._follow(means, variances * (len(hidden) / (len(hidden) - 1)))
         return outputs
 

@@ -26,7 +26,7 @@ from conas.files import TEMPORARY, read_json, write_json, write_text
 # Where and how fast a run computes is free to change between two starts; what it computes is not. Which images
 # these are, their fingerprint tells, and not a flag.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
-        "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images", "checkpoint_cells", "cuda_graph",
+        "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images", "checkpoint_cells", "cuda_graph", "engine",
         "suffixes", "follow_links"}
 OF_A_MACHINE = {"data", "workers"}  # may differ between processes that compute one run together
 

@@ -53,7 +53,7 @@ def alone(root):
 @pytest.fixture(scope="module")
 def both(root, alone):
     """What each of two processes finds, and what they print."""
-    done = subprocess.run([*TORCHRUN, str(ROOT / "tests" / "ranks.py"), str(root)], capture_output=True, text=True,
+    done = subprocess.run([*TORCHRUN, str(ROOT / "tests/helpers/ranks.py"), str(root)], capture_output=True, text=True,
                           timeout=300)
     assert done.returncode == 0, done.stderr
     return [*(torch.load(root / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)), done.stdout]

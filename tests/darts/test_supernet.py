@@ -9,13 +9,17 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 
 from benchmarks import textbook
+from conas.darts import operations
 from conas.darts.genotype import NODES
-from conas.darts.operations import OPERATIONS, DepthwiseConv2d, SepConv, Zero
+from conas.darts.operations import SepConv, Zero
+from conas.darts.passes import by_definition
 from conas.darts.supernet import Supernet, constant_alphas, frozen_statistics
-from conas.engine import depthwise, pooling
+from conas.engine import depthwise
 from conas.engine import forward_eval as running
 from conas.engine import pointwise as folded
-from conas.engine.manual_grad import by_hand, twice_differentiable
+from conas.engine.convolutions import FastDepthwiseConv2d, accelerate_convolutions
+from conas.engine.door import accelerate, why_not
+from conas.engine.manual_grad import by_hand
 from conas.errors import InputError
 from tests.helpers.parity import fill
 
@@ -38,7 +42,7 @@ def one_by_one(monkeypatch, few=0):
 
 @pytest.mark.parametrize("space", SPACES)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("way", ["side by side", "few side by side", "one by one", "as on a GPU"])
+@pytest.mark.parametrize("way", ["definition", "side by side", "few side by side", "one by one", "as on a GPU"])
 def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format, way, monkeypatch):
     if way == "one by one":
         one_by_one(monkeypatch)
@@ -46,15 +50,21 @@ def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format
         one_by_one(monkeypatch, few=2**17)
     elif way == "as on a GPU":
         monkeypatch.setattr(depthwise, "FAST_DILATED", ())
-        monkeypatch.setattr(pooling, "RIGHT", ())
+        monkeypatch.setattr(operations, "RIGHT_GRADIENT", ())
         monkeypatch.setattr(folded, "PIECES", {})
     network, oracle = pair(space)
+    assert way == "definition" or accelerate(network)
     torch.manual_seed(0)
     x, y = torch.randn(5, 3, 16, 16, dtype=torch.float64).to(memory_format=memory_format), torch.arange(5)
+
+    def logits():
+        return network(x) if way == "definition" else network.with_weights(x, network.flat())
+
     for _ in range(2):  # the second pass reads what the first left
-        for module in (network, oracle):
-            module.zero_grad()
-            cross_entropy(module(x), y).backward()
+        network.zero_grad()
+        oracle.zero_grad()
+        cross_entropy(logits(), y).backward()
+        cross_entropy(oracle(x), y).backward()
         expected = dict(oracle.named_parameters())
         for name, p in network.named_parameters():
             torch.testing.assert_close(p.grad, expected[name].grad, rtol=1e-8, atol=1e-11, msg=name)
@@ -62,7 +72,8 @@ def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format
     for name, entry in network.state_dict().items():
         torch.testing.assert_close(entry, expected[name], rtol=1e-9, atol=1e-12, msg=name)
     with torch.inference_mode():
-        torch.testing.assert_close(network.eval()(x), oracle.eval()(x), rtol=1e-9, atol=1e-12)
+        network.eval()
+        torch.testing.assert_close(logits(), oracle.eval()(x), rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("small", [True, False])
@@ -123,7 +134,8 @@ def test_gradients_of_depthwise_convolutions_of_maps_of_their_own(small, monkeyp
 def test_dilated_convolutions_of_derived_networks(k, stride, size, fast, monkeypatch):
     monkeypatch.setattr(depthwise, "FAST_DILATED", fast)
     torch.manual_seed(0)
-    module = DepthwiseConv2d(4, k, stride, k - 1, 2).double()
+    module = nn.Conv2d(4, 4, k, stride, k - 1, 2, groups=4, bias=False).double()
+    assert type(accelerate_convolutions(module)) is FastDepthwiseConv2d
     x = torch.randn(3, 4, *size, dtype=torch.float64, requires_grad=True)
     found, expected = module(x), torch.nn.functional.conv2d(x, module.weight, None, stride, k - 1, 2, 4)
     grad = torch.randn_like(expected)
@@ -134,6 +146,7 @@ def test_dilated_convolutions_of_derived_networks(k, stride, size, fast, monkeyp
 
 def test_constant_alphas_change_no_gradient_of_the_weights():
     network, _ = pair("cnn_space3")
+    accelerate(network)
     x, y = torch.randn(5, 3, 16, 16, dtype=torch.float64), torch.arange(5)
     w = network.flat().detach().requires_grad_()
     (expected,) = torch.autograd.grad(cross_entropy(network(x, w), y), [w])
@@ -147,14 +160,15 @@ def test_constant_alphas_change_no_gradient_of_the_weights():
 @pytest.mark.parametrize("primitives", [
     ("none", "dil_conv_3x3"), ("none", "sep_conv_3x3"), ("none", "skip_connect"), ("none", "avg_pool_3x3"),
     ("skip_connect", "conv_7x1_1x7", "sep_conv_7x7", "dil_conv_5x5", "dil_conv_3x3", "none", "max_pool_3x3")])
-def test_gradients_by_hand_are_those_that_autograd_records(primitives, image_size):
+def test_gradients_by_hand_are_those_of_the_definition(primitives, image_size):
     """For spaces that no folder has, too: of alphas and weights in one pass, and of alphas alone."""
     network = type("Odd", (Supernet,), {"primitives": primitives})(C=2, layers=3).double()
     fill(network, 0)
+    assert accelerate(network)
     x, y = torch.randn(3, 3, image_size, image_size, dtype=torch.float64), torch.arange(3)
     w, alphas, found = network.flat().detach().requires_grad_(), list(network.alphas().values()), []
-    for context in nullcontext, twice_differentiable:
-        with context():
+    for context in nullcontext(), by_definition(network):
+        with context:
             found.append(torch.autograd.grad(cross_entropy(network.with_weights(x, w), y), [*alphas, w]))
     found.append((*torch.autograd.grad(cross_entropy(network.with_weights(x, w.detach()), y), alphas), found[1][2]))
     assert all(gradient.abs().max() > 1e-6 for gradient in found[1])
@@ -217,11 +231,17 @@ class Flipped(SepConv):
     ("max_pool_3x3", lambda C, stride, affine: nn.AvgPool2d(3, stride, 1)),
     ("none", lambda C, stride, affine: nn.Identity() if stride == 1 else Zero(stride)),
 ])
-def test_an_operation_that_packed_edges_do_not_compute_is_refused_by_name(name, operation, monkeypatch):
-    monkeypatch.setitem(OPERATIONS, name, operation)
-    space = type("Own", (Supernet,), {"primitives": tuple(dict.fromkeys(["none", "dil_conv_3x3", name]))})
-    with pytest.raises(InputError, match=f"no code that computes {name},"):
-        space(4, 10, 3)
+def test_an_operation_that_the_engine_does_not_know_makes_the_network_run_by_its_definition(name, operation):
+    space = type("Own", (Supernet,), {"primitives": tuple(dict.fromkeys(["none", "dil_conv_3x3", name])),
+                                      "operations": {name: operation}})
+    network = space(4, 10, 3)
+    assert name in why_not(network) and accelerate(network) is None
+    x, own = torch.randn(4, 3, 8, 8), [op._ops[network.primitives.index(name)] for op in network.cells[0]._ops]
+    before = network.with_weights(x, network.flat())
+    for parameter in (p for op in own for p in op.parameters()):
+        parameter.data.add_(parameter.std() if parameter.numel() > 1 else 1)
+    changed = not torch.equal(network.with_weights(x, network.flat()), before)
+    assert changed == any(True for op in own for _ in op.parameters())
 
 
 @pytest.mark.parametrize("primitives, says", [

@@ -9,6 +9,7 @@ from benchmarks.counts import operator_calls
 from conas.darts.derived import NetworkCIFAR
 from conas.darts.published import GENOTYPES
 from conas.darts.supernet import Supernet
+from conas.engine.door import accelerate
 from conas.engine.inference import Prepared, prepared
 from tests.helpers.parity import fill
 from tests.helpers.ranks import Everything
@@ -52,8 +53,9 @@ def test_what_was_prepared_outlives_the_network():
 @torch.no_grad()
 def test_in_bfloat16_as_the_network():
     network, x = supernet("cnn_space1"), torch.randn(3, 3, 8, 8)
+    assert accelerate(network)
     with torch.autocast("cpu", torch.bfloat16):
-        expected, found = network(x), Prepared(network)(x)
+        expected, found = network.with_weights(x, network.flat()), Prepared(network)(x)
     assert found.dtype == expected.dtype == torch.float32
     assert (found - expected).norm() < 0.1 * (found - network(x)).norm()
 

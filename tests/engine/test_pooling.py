@@ -2,13 +2,14 @@
 import pytest
 import torch
 
+from conas.darts import operations
 from conas.engine import pooling
 
 
 def gradients(x, stride, grad):
     """The result, and the gradient twice: by autograd, and into memory that is there."""
     x = x.detach().requires_grad_()
-    y = pooling.average_pool(x, stride)
+    y = operations.average_pool(x, stride)
     grad = grad.to(x.device)
     out = torch.full_like(x, 7)
     pooling.average_pool_back(grad, x.detach(), stride, out)
@@ -27,7 +28,7 @@ def test_forward_and_gradient(device, stride, size, memory_format, monkeypatch):
     grad = torch.randn_like(y)
     expected = torch.ops.aten.avg_pool2d_backward(grad, x, [3, 3], [stride] * 2, [1, 1], False, False, None)
     for right in ("cpu",), ():
-        monkeypatch.setattr(pooling, "RIGHT", right)
+        monkeypatch.setattr(operations, "RIGHT_GRADIENT", right)
         found = gradients(x.to(device), stride, grad)
         for ours, of_torch in zip(found, (y, expected, expected)):
             torch.testing.assert_close(ours.cpu(), of_torch, rtol=1e-12, atol=1e-14)

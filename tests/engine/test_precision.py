@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conas.commands import search
 from conas.commands.search import weight_step
-from conas.engine.precision import checkpointed
+from conas.engine.precision import checkpoint_cells
 from conas.errors import InputError
 from tests.helpers.searches import equal, no_pictures, plain, problem, run_search  # noqa: F401
 
@@ -21,17 +21,18 @@ def saved_bytes(network, x):
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = network(x).sum()
+        loss = network.with_weights(x, network.flat()).sum()
     return loss, sum(storages.values())
 
 
+@pytest.mark.parametrize("fast", [True, False])
 @pytest.mark.parametrize("settings", [{"hvp": "difference"}, {"hvp": "exact"}, {"unrolled": False}])
-def test_checkpointed_cells_change_no_bit(settings):
+def test_checkpointed_cells_change_no_bit(settings, fast):
     ends = []
     for wrapped in (False, True):
-        network, optimizer, architect, batches = problem(**settings)
+        network, optimizer, architect, batches = problem(fast=fast, **settings)
         if wrapped:
-            network.run_cell = checkpointed(network.run_cell)
+            checkpoint_cells(network, getattr(vars(network).get("with_weights"), "__self__", None))
         for _ in range(2):
             architect.step(*batches, 0.025)
             weight_step(network, optimizer, batches[0], 5.0)
@@ -42,6 +43,7 @@ def test_checkpointed_cells_change_no_bit(settings):
 
 def test_checkpointed_cells_keep_less():
     network, _, _, _ = problem()
+    packed = network.with_weights.__self__
     x = torch.randn(16, 3, 16, 16)  # enough for maps to take more memory than weights
     loss, all_of_it = saved_bytes(network, x)
     calls = []
@@ -50,20 +52,21 @@ def test_checkpointed_cells_keep_less():
         calls.append(cell)
         return cell(*arguments)
 
-    network.run_cell = checkpointed(counted)
+    packed.run_cell = counted
+    checkpoint_cells(network, packed)
     loss, kept = saved_bytes(network, x)
     assert kept < 0.2 * all_of_it
     assert len(calls) == 3
     loss.backward()
     assert len(calls) == 6
     with torch.inference_mode():
-        network(x)
+        network.with_weights(x, network.flat())
     assert len(calls) == 9
 
 
 def test_checkpoint_cells_of_a_search(plain, tmp_path, monkeypatch):
     wrapped = []
-    monkeypatch.setattr(search, "checkpointed", lambda cell: wrapped.append(cell) or checkpointed(cell))
+    monkeypatch.setattr(search, "checkpoint_cells", lambda *of: wrapped.append(of) or checkpoint_cells(*of))
     state, _ = run_search(tmp_path, "--checkpoint_cells")
     assert wrapped and equal(state, plain[0])
 
@@ -111,7 +114,7 @@ def test_evaluation_in_bfloat16():
     network, _, _, batches = problem("cnn_space1")
     network.eval()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), Convolutions() as seen:
-        logits = network(batches[0][0])
+        logits = network.with_weights(batches[0][0], network.flat())
     assert seen.dtypes == {torch.bfloat16} and logits.dtype == torch.float32
     with torch.inference_mode():
         expected = network(batches[0][0])

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
+from conas.engine.door import accelerate
+
 
 @pytest.fixture
 def meta():
@@ -20,6 +22,7 @@ def meta():
 @pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3"])
 def test_an_iteration_stays_on_the_device_and_never_waits_for_it(space, meta):
     network = import_module(f"{space}.model_search").Network(C=4, layers=3)
+    assert accelerate(network)
     optimizer = torch.optim.SGD(network.weights().values(), 0.025, 0.9, weight_decay=3e-4)
     architect = import_module(f"{space}.architect").Architect(network, optimizer)
     (x, y), *_ = batches = [(torch.randn(6, 3, 16, 16), torch.randint(10, (6,))) for _ in range(2)]

@@ -28,6 +28,7 @@ from conas.darts.published import GENOTYPES
 from conas.darts.supernet import Supernet
 from conas.data.images import load
 from conas.engine import batchnorm as synced
+from conas.engine.door import accelerate
 from conas.errors import InputError, Stopped
 from conas.runs.options import RecipeOptions
 
@@ -60,7 +61,7 @@ def search(images: int, sync_bn: bool, steps: int) -> dict[str, Tensor]:
     """Steps over all operations: hypergradients, losses, and all that the network is in the end."""
     torch.manual_seed(0)
     network = Everything(C=1, layers=3).double()
-    network.synced = sync_bn
+    accelerate(network, sync_bn)
     optimizer = torch.optim.SGD(network.weights().values(), lr=XI, momentum=0.9, weight_decay=3e-4)
     architect, found = Architect(network, optimizer, arch_learning_rate=0.01), {}
     for step in range(steps):

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from conas.commands import search
+from conas.engine.door import accelerate
 from conas.runs.checkpoint import load
 
 SMALL = ["--dataset", "digits", "--subset", "110", "--init_channels", "2", "--layers", "3", "--batch_size", "25",
@@ -22,10 +23,11 @@ class Log:
         self.lines.append(text)
 
 
-def problem(space="cnn_space2", **settings):
-    """A network and an iteration of its search."""
+def problem(space="cnn_space2", fast=True, **settings):
+    """A network, by the engine if `fast`, and an iteration of its search."""
     torch.manual_seed(0)
     network = import_module(f"{space}.model_search").Network(C=4, layers=3)
+    assert not fast or accelerate(network)
     optimizer = torch.optim.SGD(network.weights().values(), lr=0.025, momentum=0.9, weight_decay=3e-4)
     architect = import_module(f"{space}.architect").Architect(network, optimizer, **settings)
     batches = [(torch.randn(6, 3, 8, 8), torch.randint(10, (6,))) for _ in range(2)]

@@ -1,0 +1,67 @@
+"""The engine is compared with the definition at every start of a search: a wrong kernel stops it by name."""
+from importlib import import_module
+
+import pytest
+import torch
+
+from conas.engine import depthwise, forward_eval, forward_train
+from conas.engine.check import check_engine
+from conas.engine.door import accelerate
+from conas.errors import InputError
+from tests.helpers.ranks import Everything
+from tests.helpers.searches import no_pictures, run_search  # noqa: F401
+
+BATCH = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(0)), torch.arange(6)
+
+
+def packed(space="cnn_space1"):
+    torch.manual_seed(0)
+    of_space = Everything if space == "everything" else import_module(f"{space}.model_search").Network
+    return accelerate(of_space(C=4, layers=3))
+
+
+@pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3", "everything"])
+def test_a_right_engine_passes_and_nothing_is_left_behind(space):
+    engine = packed(space)
+    network = engine.network
+    before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    random = torch.get_rng_state()
+    for training in True, False:
+        network.train(training)
+        check_engine(engine, BATCH)
+        assert network.training == training and torch.equal(torch.get_rng_state(), random)
+        assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
+        assert all(p.grad is None for p in network.parameters())
+
+
+def smaller(monkeypatch, module, name):
+    """Make the result of a function of the engine, or what it writes into its last argument, 20 % too small."""
+    right = getattr(module, name)
+
+    def wrong(*arguments):
+        result = right(*arguments)
+        return arguments[-1].mul_(0.8) if result is None else 0.8 * result
+
+    monkeypatch.setattr(module, name, wrong)
+
+
+@pytest.mark.parametrize("module, name, says", [
+    (depthwise, "_weight_gradient", "weights of sep_conv_3x3"),
+    (forward_train, "_pool_back", "the gradient w.r.t."),
+    (forward_eval, "_plain", "the logits in evaluation"),
+])
+def test_a_wrong_kernel_is_named(module, name, says, monkeypatch):
+    engine = packed()
+    before = {name: tensor.clone() for name, tensor in engine.network.state_dict().items()}
+    smaller(monkeypatch, module, name)
+    with pytest.raises(InputError, match=f"computes other numbers than the definition: .*{says}.*--no-engine"):
+        check_engine(engine, BATCH)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in engine.network.state_dict().items())
+
+
+def test_a_search_with_a_wrong_kernel_stops_with_one_line_and_goes_on_without_the_engine(tmp_path, monkeypatch):
+    smaller(monkeypatch, depthwise, "_weight_gradient")
+    with pytest.raises(InputError, match="--no-engine"):
+        run_search(tmp_path)
+    _, log = run_search(tmp_path, "--no-engine")
+    assert "runs by its definition" in log
