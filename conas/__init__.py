@@ -10,6 +10,26 @@ from importlib.machinery import ModuleSpec
 
 __version__ = "0.1.0"
 
+# What a program that uses CoNAS as a library imports from here; see README. Nothing is loaded before it is asked for.
+PUBLIC = {
+    "Bilevel": "conas.darts.architect",
+    "Genotype": "conas.darts.genotype",
+    "NetworkCIFAR": "conas.darts.derived",
+    "NetworkImageNet": "conas.darts.derived",
+    "OPERATIONS": "conas.darts.operations",
+    "Search": "conas.commands.library",
+    "Supernet": "conas.darts.supernet",
+    "accelerate": "conas.engine.door",
+}
+__all__ = list(PUBLIC)
+
+
+def __getattr__(name: str):
+    if name not in PUBLIC:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(PUBLIC[name]), name)
+
+
 # Modules by the names that they had before they were put into packages: a space of a user's own goes on importing them.
 MOVED = {
     "conas.animate": "conas.draw.animate",

@@ -31,7 +31,7 @@ PERTURBATION = 0.01  # |eps d| in equation 8, the paper's footnote 2
 
 
 class Bilevel:
-    """The alphas' optimizer and the terms of their gradient. A space's Architect adds `hypergradient`.
+    """The alphas' optimizer and the terms of their gradient, which a space's Architect puts together.
 
     `optimizer` is the SGD of the weights: the virtual step reads its momentum, velocity and weight decay, so that
     it is the step that the weights are about to take. Nothing here changes weights or BatchNorm statistics.
@@ -57,8 +57,14 @@ class Bilevel:
                                                 weight_decay=arch_weight_decay)
 
     def hypergradient(self, train: Batch, valid: Batch, xi: float) -> Tensor:
-        """The gradient of the validation loss w.r.t. the flat alphas, through the virtual step of rate `xi`."""
-        raise NotImplementedError("a space's architect.py states its update here")
+        """The gradient of the validation loss w.r.t. the flat alphas, through the virtual step of rate `xi`.
+
+        This is DARTS' own; a space's architect.py states the one of that space.
+        """
+        w, v, mu, decay = self.weights(), self.velocity(), self.momentum, self.weight_decay
+        w_next = w - xi * (mu * v + self.grad_weights(train, w) + decay * w)    # (6)
+        grad_alpha, d = self.grad_alpha_and_weights(valid, w_next)
+        return grad_alpha - xi * self.hessian_vector(train, w, d)                # (7), (8)
 
     def step(self, train: Batch, valid: Batch, xi: float, skip: bool = False) -> bool:
         """One Adam step of the alphas: second order if `unrolled`, else on grad_a L_val(w, a) alone.
