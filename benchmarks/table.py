@@ -1,0 +1,72 @@
+"""Tables of docs/ as Markdown, out of benchmarks/results/*.json.
+
+    python -m benchmarks.table                        # what python -m benchmarks.search_step measured
+    python -m benchmarks.table --of study             # what python -m ensemble.study report found
+
+A test holds that the tables of docs/ are what this prints.
+"""
+import argparse
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join("| " + " | ".join(row) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+def search_step() -> str:
+    """Speed, memory and operator calls of the search step, a row for each setting: medians (quartiles)."""
+    settings = json.loads((RESULTS / "search_step-cpu.json").read_text(encoding="utf-8"))["settings"]
+    rows = []
+    for of in sorted(settings.values(), key=lambda of: (of["batch_size"], of["space"])):
+        ratios = {name: f"{value['median']:.2f} ({value['quartiles'][0]:.2f} to {value['quartiles'][1]:.2f})"
+                  for name, value in of["textbook_over_ours"].items()}
+        seconds = [f"{of['seconds'][who]['iteration']['median']:.1f}" for who in ("textbook", "ours")]
+        memory, calls = of["peak_bytes"], {who: works["architect"] for who, works in of["operator_calls"].items()}
+        rows.append([of["space"].removeprefix("cnn_space"), str(of["batch_size"]), str(of["rounds"]),
+                     *(ratios[name] for name in ("iteration", "architect", "weights", "evaluation")),
+                     " / ".join(seconds),
+                     f"{memory['ours'] / 1e9:.2f} ({memory['ours'] / memory['textbook']:.2f})",
+                     f"{calls['ours']:,} ({calls['ours'] / calls['textbook']:.2f})"])
+    machines = {f"{of['machine']['cores']} cores of an {of['machine']['device']}, {of['machine']['threads']} threads; "
+                f"Python {of['versions']['python']}, torch {of['versions']['torch']}; {of['channels']} channels, "
+                f"{of['layers']} cells, evaluation of {of['eval_batch']} images" for of in settings.values()}
+    head = ["space", "batch", "n", "iteration", "alpha step", "weight step", "evaluation",
+            "seconds, textbook / ours", "peak GB (share)", "operator calls of an alpha step (share)"]
+    return "\n".join([*sorted(machines), "", markdown(head, rows)])
+
+
+def study() -> str:
+    """Committees of three spaces against committees of three seeds of one: means and 95 % intervals over seeds."""
+    results = json.loads((RESULTS / "study-digits.json").read_text(encoding="utf-8"))
+    kinds = {"top1": 2, "loss": 3, "ece": 3, "disagreement": 2, "member_top1": 2}  # and decimals
+
+    def shown(figures: dict, sign: str = "") -> list[str]:
+        return [f"{figures[kind]['mean'] + 0.0:{sign}.{digits}f} ± "
+                f"{(figures[kind]['high'] - figures[kind]['low']) / 2:.{digits}f}" for kind, digits in kinds.items()]
+
+    rows = [[name, *shown(group["figures"]), f"{group['compute']['parameters'] / 1e6:.2f} M",
+             f"{group['compute']['seconds'] / 3600:.3f}"] for name, group in results["groups"].items()]
+    against = "mean of the spaces alone"
+    rows.append([f"mixed spaces minus the {against}", *shown(results["differences"][against], "+"), "", ""])
+    head = ["committees of 3", "top-1 %", "loss", "ECE", "pairs disagree %", "members' top-1 %", "parameters",
+            "CPU hours"]
+    of = f"{results['dataset']}, {results['images']} test images, {len(results['seeds'])} searches of each space"
+    return "\n".join([of, "", markdown(head, rows)])
+
+
+TABLES = {"search_step": search_step, "study": study}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--of", choices=TABLES, default="search_step")
+    print(TABLES[parser.parse_args().of]())
+
+
+if __name__ == "__main__":
+    main()
