@@ -6,21 +6,21 @@ from operator import call
 import torch
 from torch import Tensor, nn
 
-from conas.engine.batchnorm import Pool, batch_norm, normalise, normalise_back, unbiased_variance
+from conas.engine.batchnorm import BatchScope, batch_norm, normalise, normalise_back, unbiased_variance
 from conas.engine.manual_grad import Tape
 
 
 class Statistics:
     """Of one pass: those of the batch if `batch`, else the running ones of the modules.
 
-    The batch is the images of `pool`, which other processes may share. What `add` takes is of all of them. `once` gives
-    what a function makes that takes no images, see conas/engine/inference.py.
+    The batch is the images of `scope`, which other processes may share. What `add` takes is of all of them. `once`
+    gives what a function makes that takes no images, see conas/engine/inference.py.
     Statistics of the batch enter the running ones at the end of the pass, in `update`, if they are to be kept: one
     call for all modules instead of three for each.
     """
 
-    def __init__(self, batch: bool, keep: bool, pool: Pool | None = None, once: Callable = call):
-        self.batch, self.keep, self.pool, self.once = batch, batch and keep, pool or Pool(), once
+    def __init__(self, batch: bool, keep: bool, scope: BatchScope | None = None, once: Callable = call):
+        self.batch, self.keep, self.scope, self.once = batch, batch and keep, scope or BatchScope(), once
         self._seen: list[tuple[Sequence[nn.BatchNorm2d], Tensor, Tensor, int]] = []
 
     def add(self, norms: Sequence[nn.BatchNorm2d], mean: Tensor, rstd: Tensor, pixels: int) -> None:
@@ -28,7 +28,7 @@ class Statistics:
         several that share it, one after another; `pixels` are this process's.
         """
         if self.keep:
-            self._seen.append((norms, mean.detach(), rstd.detach(), self.pool.count(pixels)))
+            self._seen.append((norms, mean.detach(), rstd.detach(), self.scope.count(pixels)))
 
     def add_folded(self, norms: Sequence[nn.BatchNorm2d], shifts: Sequence[Tensor], weight: Tensor, rstd: Tensor,
                    pixels: int) -> None:
@@ -56,30 +56,29 @@ class Statistics:
         """BatchNorm of x (N, H, W, channels), whose channels are those of all norms one after another."""
         x, eps = x.permute(0, 3, 1, 2), norms[0].eps
         if self.batch:
-            x, mean, rstd = batch_norm(x, weight, bias, eps, self.pool)
+            x, mean, rstd = batch_norm(x, weight, bias, eps, self.scope)
             self.add(norms, mean, rstd, x.numel() // x.shape[1])
         else:
             mean, variance = self.once(lambda: [of.view(-1).to(x.dtype) for of in self.running(norms)])
             x = nn.functional.batch_norm(x, mean, variance, weight, bias, False, 0.0, eps)
         return x.permute(0, 2, 3, 1)
 
-    def normalise_states(self, tape: Tape, x: Tensor, norms: Sequence[nn.BatchNorm2d]
-                         ) -> tuple[Tensor, Callable[[Tensor], Tensor] | None]:
-        """BatchNorm of x (K, N, H, W, C), of which each map has its own of K norms; by the batch, also the way back.
+    def normalise_by_running(self, x: Tensor, norms: Sequence[nn.BatchNorm2d]) -> Tensor:
+        """BatchNorm of x (K, N, H, W, C), of which each map has its own of K norms, by the running statistics."""
+        scale, shift = self.once(lambda: [t[:, None, None].to(x.dtype) for t in self.running_scale(norms)])
+        return torch.addcmul(shift, x, scale)
 
-        By hand that one is in x's own memory.
-        """
-        if not self.batch:
-            scale, shift = self.once(lambda: [t[:, None, None].to(x.dtype) for t in self.running_scale(norms)])
-            return torch.addcmul(shift, x, scale), None
+    def normalise_by_batch(self, tape: Tape, x: Tensor, norms: Sequence[nn.BatchNorm2d]
+                           ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """The same by the batch, in x's own memory, and its backward: from the gradient w.r.t. the result to x's."""
         rows = x.view(len(x), -1, x.shape[-1])
-        y, mean, rstd = normalise(rows, norms[0].eps, self.pool, tape.by_hand)
+        y, mean, rstd = normalise(rows, norms[0].eps, self.scope, True)
         self.add(norms, mean, rstd, rows.shape[1])
         kept, shape = tape.keep(y), x.shape
 
         def back(grad: Tensor) -> Tensor:
             y = kept()
-            return normalise_back(grad.view(y.shape), y, rstd, self.pool)[0].view(shape)
+            return normalise_back(grad.view(y.shape), y, rstd, self.scope)[0].view(shape)
 
         return y.view(shape), back
 

@@ -86,14 +86,12 @@ def apart(maps: Sequence[Sequence[Tensor]]) -> Tensor:
     return join(list(chain(*maps))).contiguous()
 
 
-def rectify(y: Tensor, size: int, memory: Sequence[Tensor | None] | None, by_hand: bool, kept: bool) -> list[Tensor]:
+def rectify(y: Tensor, size: int, memory: Sequence[Tensor | None] | None, kept: bool) -> list[Tensor]:
     """relu(y) of maps y (G, N, H, W, C): parts of `size` groups each, in memory as `convolve` reads them.
 
-    By hand, `memory` is overwritten where there is some: parts that `convolve` has returned, or the `inside` of
+    `memory` is overwritten where there is some: parts that `convolve` has returned, or the `inside` of
     `bordered` ones. So is y, unless it is to be `kept`.
     """
-    if not by_hand:
-        return list(y.relu().split(size))
     parts, rectified = y.split(size), []
     for part, out in zip(parts, memory or [None] * len(parts)):
         if out is None and _is_small(y, y.shape[1:], size):

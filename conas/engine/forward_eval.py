@@ -19,7 +19,7 @@ def evaluate(edges: MixedEdges, x: Tensor, total: Tensor | None, p: Tensor | Non
              statistics: Statistics) -> Tensor:
     """What the states x (S, N, H, W, C) contribute to the E nodes, added to `total`.
 
-    See `conas.engine.forward_train.train`.
+    See `conas.engine.forward_train.forward_train`.
     """
     part = _contribution(edges, x, p, q, weights, statistics)
     return part if total is None else total + part

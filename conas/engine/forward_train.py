@@ -46,29 +46,29 @@ class Wanted(NamedTuple):
     weights: bool
 
 
-def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Tensor | None, q: Tensor, weights: Packs,
-          arranged: Iterator[Tensor], room: Room | None, statistics: Statistics, wanted: Wanted):
+def forward_train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Tensor | None, q: Tensor,
+                  weights: Packs, arranged: Iterator[Tensor], room: Room, statistics: Statistics, wanted: Wanted):
     """What the states x (S, N, H, W, C) contribute to the E nodes (E, N, H', W', C), added to `total` if that is given.
 
-    Returns this and `back`: from the gradient by it, of mean zero, and what to add the gradient by x to, in place, to
-    those by x, p, q, and the weights. Takes its own of `arranged`, see `MixedEdges.arrangements`. By hand, x and
-    `total` are in the `room`.
+    Returns `(out, back)`. `back(grad, grad_x)` takes the gradient w.r.t. `out`, of mean zero in every channel, and a
+    buffer into which that w.r.t. `x` is accumulated, and returns the gradients w.r.t. x, p, q and the weights. Takes
+    its own of `arranged`, see `MixedEdges.arrangements`. x and `total` are in the `room`.
     """
-    pool, S, maps, added = statistics.pool, edges.S, [], []
-    rectified = torch.clamp_min(x, 0, out=room.maps[-S:]) if tape.by_hand else x.relu()
-    kept, pointwise = tape.keep(room and room.maps), folded if wanted.weights or not tape.by_hand else unfolded
+    scope, S, maps, added = statistics.scope, edges.S, [], []
+    rectified = torch.clamp_min(x, 0, out=room.maps[-S:])
+    kept, pointwise = tape.keep(room.maps), folded if wanted.weights else unfolded
     total, plain_back = _plain(edges, tape, x, rectified, total, q, weights.own, room, statistics, wanted)
     if edges.dilations:
         means = shifts(rectified, next(arranged), edges.stride, edges.dilations)
         blocks = side_by_side(rectified, edges.E)
     if edges.sep:
-        shift = [pool.mean(mean.flatten()) for mean in means[0][:len(edges.sep)]]
+        shift = [scope.all_reduce_mean(mean.flatten()) for mean in means[0][:len(edges.sep)]]
         maps, added, sep_back = _separable(edges, tape, rectified.shape, blocks, shift, weights, arranged, statistics,
                                            pointwise)
     if edges.dil:
         flipped = [next(arranged) for _ in edges.dil]
         read, dilation = undilated(rectified, edges.stride)
-        shift = [pool.mean(mean.flatten()) for mean in means[-1][:len(edges.dil)]]
+        shift = [scope.all_reduce_mean(mean.flatten()) for mean in means[-1][:len(edges.dil)]]
         if phased := goes_by_phases(read, 1, dilation):
             read, dilation = in_phases(read), 1
         blocks = blocks if read is rectified else side_by_side(read, edges.E)
@@ -77,7 +77,7 @@ def train(tape: Tape, edges: MixedEdges, x: Tensor, total: Tensor | None, p: Ten
         added = added + shift
     if maps:
         z, last = apart(maps), square(weights.last[0])
-        total, rstd, mix_back = pointwise.mix(tape, total, z, last, p, edges.E, pool)
+        total, rstd, mix_back = pointwise.mix(tape, total, z, last, p, edges.E, scope)
         statistics.add_folded(edges.layers(edges.sep + edges.dil, -1), added, last, rstd, _pixels(z))
 
     def back(grad: Tensor, d_x: Tensor | None):
@@ -112,9 +112,9 @@ def _separable(edges, tape, read, blocks, shift, weights, arranged, statistics, 
     z = apart(maps)
     # in one part each, and copied: then these have served
     memory = [parts[0] for parts in maps] if all(len(of) == 1 and of[0] is not z for of in maps) else None
-    parts, rstd, again, halfway_back = pointwise.halfway(tape, z, weight, edges.S * edges.E, memory, statistics.pool)
+    parts, rstd, again, halfway_back = pointwise.halfway(tape, z, weight, edges.S * edges.E, memory, statistics.scope)
     statistics.add_folded(edges.layers(edges.sep, 3), shift, weight, rstd, _pixels(z))
-    shift = [statistics.pool.mean(own_shift(part, kernel)) for part, kernel in zip(parts, second)]
+    shift = [statistics.scope.all_reduce_mean(own_shift(part, kernel)) for part, kernel in zip(parts, second)]
 
     def back(d_z, rectified, d, wanted):
         maps = parts = None
@@ -145,7 +145,7 @@ def _plain(edges, tape, x, rectified, total, q, weights, room, statistics, wante
     S, E, stride, P, shape = edges.S, edges.E, edges.stride, len(edges.pools), x.shape
     skips, pools = S * len(edges.skip), S * P
     own, own_back = _own(edges, rectified, weights, statistics, wanted)
-    in_room = tape.by_hand and stride == 1 and not own  # all of these maps
+    in_room = stride == 1 and not own  # all of these maps
     if in_room:
         plain, indices = room.maps[S - skips:S + pools], room.indices
         for name, maps in zip(edges.pools, room.maps[S:].split(S)):
@@ -153,7 +153,7 @@ def _plain(edges, tape, x, rectified, total, q, weights, room, statistics, wante
     else:
         maps, indices = [x] * len(edges.skip), None
         for name in edges.pools:
-            if tape.by_hand and name == "max_pool_3x3":
+            if name == "max_pool_3x3":
                 y, indices = max_pool2d(images(x), 3, stride, 1, return_indices=True)
                 maps.append(states(y, S))
                 indices = states(indices, S)
@@ -161,16 +161,14 @@ def _plain(edges, tape, x, rectified, total, q, weights, room, statistics, wante
                 maps.append(pooled(name, x, stride))
         plain = torch.cat(maps + own) if maps or own else x.new_empty(0)
     if pools:
-        rows, pool = in_rows(plain[skips:skips + pools]), statistics.pool
-        rows, mean, rstd = normalise(rows, EPS, pool, tape.by_hand)
+        rows, scope = in_rows(plain[skips:skips + pools]), statistics.scope
+        rows, mean, rstd = normalise(rows, EPS, scope, True)
         statistics.add(edges.pool_norms(), mean, rstd, rows.shape[1])
-        if not tape.by_hand:
-            plain = torch.cat([plain[:skips], rows.view(-1, *plain.shape[1:]), plain[skips + pools:]])
     if len(plain):
-        flat, out = plain.view(len(plain), -1), room.sums.view(E, -1) if tape.by_hand else None
+        flat, out = plain.view(len(plain), -1), room.sums.view(E, -1)
         total = torch.mm(q, flat, out=out) if total is None else torch.addmm(total.view(E, -1), q, flat, out=out)
         total = total.view(E, *plain.shape[1:])
-    elif total is None and tape.by_hand:
+    elif total is None:
         total = room.sums.zero_()
     kept, kept_indices = tape.keep(None if in_room else plain), tape.keep(indices)
 
@@ -187,7 +185,7 @@ def _plain(edges, tape, x, rectified, total, q, weights, room, statistics, wante
         parts = maps[S:] if stride == 1 else rectified.new_empty((P + 1) * S, *shape[1:])
         if pools:
             d_pools = (q[:, skips:skips + pools].t() @ flat).view(pools, *plain.shape[1:])
-            centred_back(in_rows(d_pools), in_rows(plain[skips:skips + pools]), rstd, statistics.pool)
+            centred_back(in_rows(d_pools), in_rows(plain[skips:skips + pools]), rstd, statistics.scope)
             for name, d_pool, part in zip(edges.pools, d_pools.split(S), parts.split(S)):
                 _pool_back(name, images(d_pool), images(rectified), stride, kept_indices(), images(part))
         if d_rectified is None:

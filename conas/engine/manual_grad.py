@@ -1,4 +1,4 @@
-"""Gradients that are written by hand: they save memory and passes, and can be differentiated no further.
+"""Gradients that are written down, not recorded: they save memory and passes, and can be differentiated no further.
 
 Where a second derivative is needed the definition in conas/darts/supernet.py serves.
 """
@@ -10,40 +10,30 @@ from torch.autograd.function import once_differentiable
 
 
 class Tape:
-    """What a forward pass leaves for its backward pass by hand.
+    """What a forward pass keeps for its backward; `wanted` says of each input whether its gradient is needed."""
 
-    `wanted` says of each input whether its gradient is wanted. If not `by_hand`, autograd records the forward pass:
-    nothing is kept, and nothing may be written in place.
-    """
+    def __init__(self, wanted: Sequence[bool]):
+        self.wanted, self.kept = wanted, []
 
-    def __init__(self, by_hand: bool, wanted: Sequence[bool]):
-        self.by_hand, self.wanted, self.kept = by_hand, wanted, []
-
-    def keep(self, tensor: Tensor) -> Callable[[], Tensor]:
+    def keep(self, tensor: Tensor | None) -> Callable[[], Tensor | None]:
         """What gives the tensor in the backward pass. Autograd holds it till then, or computes it again."""
-        self.kept.append(tensor if self.by_hand else None)
+        self.kept.append(tensor)
         at = len(self.kept) - 1
         return lambda: self.kept[at]
 
 
-def by_hand(run: Callable, *inputs: Tensor | None) -> Tensor:
-    """The output of `run(tape, *inputs)`.
+def with_manual_grad(run: Callable, *inputs: Tensor | None) -> Tensor:
+    """The output of `run(tape, *inputs)`, which returns `(output, back)`.
 
-    `run` returns it with `back`, which makes the gradients by all inputs of that by the output, at most once. What
-    `run` does must be differentiable by itself too.
+    `back(grad)` takes the gradient w.r.t. the output and returns those w.r.t. all inputs; it is called at most once.
     """
-    return recorded(run, *inputs) if torch.compiler.is_compiling() else _ByHand.apply(run, *inputs)
+    return _ManualGrad.apply(run, *inputs)
 
 
-def recorded(run: Callable, *inputs: Tensor | None) -> Tensor:
-    """The same as autograd records it."""
-    return run(Tape(False, [False] * len(inputs)), *inputs)[0]
-
-
-class _ByHand(torch.autograd.Function):
+class _ManualGrad(torch.autograd.Function):
     @staticmethod
     def forward(ctx, run, *inputs):
-        ctx.tape = tape = Tape(True, ctx.needs_input_grad[1:])
+        ctx.tape = tape = Tape(ctx.needs_input_grad[1:])
         out, ctx.back = run(tape, *inputs)
         ctx.save_for_backward(*tape.kept)
         tape.kept = ()

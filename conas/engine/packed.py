@@ -9,7 +9,7 @@ from torch.nn.functional import conv2d, linear, pad
 
 from conas.darts.supernet import Supernet
 from conas.engine.batch_statistics import Statistics
-from conas.engine.batchnorm import Pool
+from conas.engine.batchnorm import BatchScope
 from conas.engine.cell import PackedCell
 
 
@@ -69,8 +69,8 @@ class PackedPass:
         """
         network = self.network
         weights, arranged = iter(once(lambda: self._unpack(w))), self._arrange(w) if network.training else ()
-        pool = Pool.of_all(len(x)) if self.synced and network.training else None
-        statistics = Statistics(batch=network.training, keep=not network.statistics.frozen, pool=pool, once=once)
+        scope = BatchScope.of_all(len(x)) if self.synced and network.training else None
+        statistics = Statistics(batch=network.training, keep=not network.statistics.frozen, scope=scope, once=once)
         shares = once(lambda: self._shares(w.dtype))
         x = conv2d(x.contiguous(memory_format=torch.channels_last), next(weights), padding=1).permute(0, 2, 3, 1)
         out = statistics.normalise(x, [network.stem[1]], next(weights), next(weights))

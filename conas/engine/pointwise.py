@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from conas.engine.batch_statistics import Statistics
-from conas.engine.batchnorm import Pool, constant
+from conas.engine.batchnorm import BatchScope, constant
 from conas.engine.depthwise import join, rectify, rectify_back, row_dots
 from conas.engine.manual_grad import Tape
 
@@ -33,9 +33,10 @@ class Folded:
     weights.
     """
 
-    def __init__(self, z: Tensor, weight: Tensor, p: Tensor | None, pool: Pool):
-        self.weight, self.pixels, self.pool = weight, pool.count(z.shape[1]), pool
-        self.spread = _scaled_product(weight, pool.sum(_products([(z, z)])), 1 / self.pixels)  # W covariance
+    def __init__(self, z: Tensor, weight: Tensor, p: Tensor | None, scope: BatchScope):
+        self.weight, self.pixels, self.scope = weight, scope.count(z.shape[1]), scope
+        covariance = scope.all_reduce_sum(_products([(z, z)]))
+        self.spread = _scaled_product(weight, covariance, 1 / self.pixels)  # W covariance
         self.variance = row_dots(self.spread, weight, constant(EPS, z.dtype, z.device))
         self.rstd = self.variance.rsqrt()
         self.scale = self.rstd if p is None else self.rstd * p[:, None, None]
@@ -48,33 +49,33 @@ class Folded:
         d_p = (by_scale * self.rstd).squeeze(2) if wanted_p else None
         through = by_scale.div_(self.variance)  # times the scale: -2 d_variance
         d_weight = torch.addcmul(d_scaled, self.spread, through, value=-1).mul_(self.scale)
-        half = self.pool.sum(through) * self.scaled
+        half = self.scope.all_reduce_sum(through) * self.scaled
         return d_weight, _scaled_product(half.transpose(1, 2), self.weight, -1 / self.pixels), d_p
 
 
-def halfway(tape: Tape, z: Tensor, weight: Tensor, size: int, memory: list[Tensor] | None, pool: Pool):
+def halfway(tape: Tape, z: Tensor, weight: Tensor, size: int, memory: list[Tensor] | None, scope: BatchScope):
     """relu(BatchNorm(W z)) of z (K, N, H, W, C) of mean zero with weight (K, C, C), by `rectify` in parts of `size`.
 
     Also 1/std of W z, (K, C, 1); what computes the result again into such `memory`, so that it need not be kept; and
     `back`, which takes the gradients by the parts, these, and memory for maps like z, and returns the gradients by z
     and weight.
     """
-    folded, kept, shape = Folded(in_rows(z), weight, None, pool), tape.keep(z), z.shape
+    folded, kept, shape = Folded(in_rows(z), weight, None, scope), tape.keep(z), z.shape
 
     def result(z, memory):
         y = torch.bmm(in_rows(z), folded.scaled.transpose(1, 2)).view(shape)
-        return rectify(y, size, memory, tape.by_hand, False)
+        return rectify(y, size, memory, False)
 
     def back(grads, parts, memory):
         z, grad = in_rows(kept()), in_rows(rectify_back(grads, parts, memory))
-        grad -= pool.mean(grad.mean(1, keepdim=True))  # z is centred, so its gradient is
+        grad -= scope.all_reduce_mean(grad.mean(1, keepdim=True))  # z is centred, so its gradient is
         d_weight, matrix, _ = folded.back(_products([(grad, z)]))
         return torch.bmm(z, matrix).baddbmm_(grad, folded.scaled).view(shape), d_weight
 
     return result(z, memory), folded.rstd, lambda memory: result(kept(), memory), back
 
 
-def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, E: int, pool: Pool):
+def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, E: int, scope: BatchScope):
     """`total` (E, N, H, W, C), or nothing to begin with, and for each of E edges the sum of p BatchNorm(W z) over its
     groups; group k is of edge k % E.
 
@@ -82,11 +83,10 @@ def mix(tape: Tape, total: Tensor | None, z: Tensor, weight: Tensor, p: Tensor, 
     of W z (K, C, 1), and `back`: from the gradient by the sum, which must have mean zero, and what is `Wanted`, to the
     gradients by z and weight, and (K, C), whose sum over channels is that by p.
     """
-    folded, kept, shape = Folded(in_rows(z), weight, p, pool), tape.keep(z), z.shape
+    folded, kept, shape = Folded(in_rows(z), weight, p, scope), tape.keep(z), z.shape
     total = None if total is None else in_rows(total)
     for part, by in zip(in_rows(z).split(E), folded.scaled.transpose(1, 2).split(E)):
-        total = (torch.bmm(part, by) if total is None else total.baddbmm_(part, by) if tape.by_hand else
-                 torch.baddbmm(total, part, by))
+        total = torch.bmm(part, by) if total is None else total.baddbmm_(part, by)
 
     def back(grad, wanted):
         grad, z = in_rows(grad), in_rows(kept())

@@ -103,9 +103,9 @@ def test_synced_batch_norm_is_the_library_s():
     """For a process alone and in its derivatives: by autograd's own numbers."""
     torch.manual_seed(0)
     x, weight, bias = (torch.randn(*s, dtype=torch.float64, requires_grad=True) for s in ((4, 3, 2, 5), (3,), (3,)))
-    pool = synced.Pool(4, 4)
+    scope = synced.BatchScope(4, 4)
     expected = torch.nn.functional.batch_norm(x, None, None, weight, bias, True)
-    found, mean, rstd = synced.batch_norm(x, weight, bias, 1e-5, pool)
+    found, mean, rstd = synced.batch_norm(x, weight, bias, 1e-5, scope)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(mean, x.mean((0, 2, 3)))
     torch.testing.assert_close(synced.unbiased_variance(rstd, 40, 1e-5), x.var((0, 2, 3)))

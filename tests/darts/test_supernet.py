@@ -19,7 +19,7 @@ from conas.engine import forward_eval as running
 from conas.engine import pointwise as folded
 from conas.engine.convolutions import FastDepthwiseConv2d, accelerate_convolutions
 from conas.engine.door import accelerate, why_not
-from conas.engine.manual_grad import by_hand
+from conas.engine.manual_grad import with_manual_grad
 from conas.errors import InputError
 from tests.helpers.parity import fill
 
@@ -97,7 +97,7 @@ def test_gradients_of_depthwise_convolutions(k, stride, dilation, small, monkeyp
     for states, kinds, groups in (1, 1, 1), (2, 2, 8), (2, 1, 2), (1, 2, 3):
         x, *kernels = (torch.randn(shape, dtype=torch.float64, requires_grad=True)
                        for shape in [(states, 2, 6, 7, 4)] + kinds * [(groups * 4, 1, k, k)])
-        assert torch.autograd.gradcheck(partial(by_hand, run), (x, *kernels), fast_mode=True,
+        assert torch.autograd.gradcheck(partial(with_manual_grad, run), (x, *kernels), fast_mode=True,
                                         check_undefined_grad=False)
 
 
@@ -108,11 +108,11 @@ def test_gradients_of_depthwise_convolutions_of_maps_of_their_own(small, monkeyp
         one_by_one(monkeypatch)
 
     def run(tape, y, *kernels):
-        parts = depthwise.rectify(y, 3, None, tape.by_hand, True)
+        parts = depthwise.rectify(y, 3, None, True)
 
         def back(grad):
             maps = [depthwise.bordered(y, 3, kernel) for kernel in kernels]
-            parts = depthwise.rectify(y, 3, [depthwise.inside(*of) for of in zip(maps, kernels)], True, True)
+            parts = depthwise.rectify(y, 3, [depthwise.inside(*of) for of in zip(maps, kernels)], True)
             maps = [part if of is None else of for of, part in zip(maps, parts)]
             flipped = [kernel.flip(2, 3) for kernel in kernels]
             d_parts, d_kernels = depthwise.convolve_back(grad, y.shape, maps, kernels, flipped, own=True)
@@ -124,7 +124,8 @@ def test_gradients_of_depthwise_convolutions_of_maps_of_their_own(small, monkeyp
     torch.manual_seed(0)
     y = torch.randn(6, 2, 6, 8, 4, dtype=torch.float64, requires_grad=True)
     kernels = [torch.randn(3 * 4, 1, k, k, dtype=torch.float64, requires_grad=True) for k in (3, 5)]
-    assert torch.autograd.gradcheck(partial(by_hand, run), (y, *kernels), fast_mode=True, check_undefined_grad=False)
+    assert torch.autograd.gradcheck(partial(with_manual_grad, run), (y, *kernels), fast_mode=True,
+                                    check_undefined_grad=False)
 
 
 @pytest.mark.parametrize("fast", [("cpu",), ()])  # as on a CPU, as on a GPU

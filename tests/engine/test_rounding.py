@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from benchmarks.contestant import Contestant
 from conas.engine.batch_statistics import Statistics
-from conas.engine.batchnorm import Pool, centred_back, normalise, normalise_back, unbiased_variance
+from conas.engine.batchnorm import BatchScope, centred_back, normalise, normalise_back, unbiased_variance
 from tests.helpers.parity import fill, set_alphas
 
 CHANNELS, LAYERS, BATCH, SIZE = 4, 3, 8, 16
@@ -67,18 +67,18 @@ def test_batch_norm_of_several_maps_is_the_library_s(own):
     x.requires_grad_()
     expected = torch.stack([F.batch_norm(m, None, None, training=True) for m in x])
     rows = x.detach().clone()
-    found, mean, rstd = normalise(rows, 1e-5, Pool(), own)
+    found, mean, rstd = normalise(rows, 1e-5, BatchScope(), own)
     assert (found.data_ptr() == rows.data_ptr()) == own
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(mean[:, 0], x.mean(1))
     torch.testing.assert_close(unbiased_variance(rstd, 120, 1e-5)[:, 0], x.var(1))
     for part in grad, grad - grad.mean(1, keepdim=True):
         (of_x,) = torch.autograd.grad(expected, x, part, retain_graph=True)
-        d_x, of_scale, of_shift = normalise_back(part, found, rstd, Pool())
+        d_x, of_scale, of_shift = normalise_back(part, found, rstd, BatchScope())
         torch.testing.assert_close(d_x, of_x)
         torch.testing.assert_close(of_scale, (part * found).sum(1, keepdim=True))
         torch.testing.assert_close(of_shift, part.sum(1, keepdim=True))
-    torch.testing.assert_close(centred_back(part.clone(), found, rstd, Pool()), of_x)
+    torch.testing.assert_close(centred_back(part.clone(), found, rstd, BatchScope()), of_x)
 
 
 if __name__ == "__main__":
