@@ -28,8 +28,8 @@ from conas.runs.folder import list_checkpoints
 from conas.runs.options import STAGES, TestOptions
 from conas.runs.scores import Scores
 from ensemble import language
-from ensemble.combine.committee import Committee, check_same_images, common_epochs
-from ensemble.combine.fit import FITTED, RULES, Fit, fit
+from ensemble.combine.committee import Committee, check_finite, check_same_images, common_epochs
+from ensemble.combine.fit import FITTED, RULES, SELECTING, Fit, fit
 from ensemble.combine.selection import OBJECTIVES
 from ensemble.measure.metrics import confusion_matrix, softmax
 from ensemble.measure.shift import measure_shift
@@ -80,10 +80,10 @@ def main() -> None:
 def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Space]) -> None:
     """Combine, compare, print and write one committee of the stage `ours.stage`."""
     folder = ROOT / f"committee-{options.save}{'-train' if ours.stage == 'train' else ''}"
-    epochs, left_out = [], {}
+    epochs, left_out, not_finite = [], {}, []
     if ours.members:
         pool = find_members(ours.members, spaces, "--members")
-    elif ours.combination in FITTED[1:]:
+    elif ours.combination in SELECTING:
         runs = find_runs(spaces, options, ours.stage)
         pool = {f"{space.name} {epoch:03d}": (space, path)
                 for space, run in runs.items() for epoch, path in run.items()}
@@ -93,19 +93,26 @@ def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Spa
         *earlier, pool = ({space.name: (space, run[epoch]) for space, run in runs.items()} for epoch in common)
         if ours.combination not in FITTED and not ours.temperatures:
             for members in progress(earlier, "epochs"):
-                committee = Committee(score(members, options), ours.combination)
-                epochs.append(report.evaluate(committee, paths_of(members)))
+                scores = score(members, options)
+                if bad := report.not_finite(scores):
+                    not_finite += bad
+                else:
+                    epochs.append(report.evaluate(Committee(scores, ours.combination), paths_of(members)))
 
     fitted = try_fit(pool, ours, options)
     committee, best = build(pool, fitted, ours, options)
     epochs.append(report.evaluate(committee, paths_of(pool), fitted))
     significance = {"over_best_member": None, "over_other": None}
     if fitted:
+        not_finite += report.not_finite(fitted.left_out)
         significance["over_best_member"] = {"name": fitted.best_member, **compare(
             committee.probabilities, softmax(best.logits), committee.labels)}
     if ours.against:
         rivals = find_members(ours.against, spaces, "--against")
-        rival, _ = build(rivals, try_fit(rivals, ours, options), ours, options)
+        fitted_rival = try_fit(rivals, ours, options)
+        for line in report.not_finite_lines(report.not_finite(fitted_rival.left_out)) if fitted_rival else ():
+            print(f"--against: {line}")
+        rival, _ = build(rivals, fitted_rival, ours, options)
         if rival.fingerprint != committee.fingerprint:
             raise InputError("--against: its members were tested on other images; choose runs with the same data flags")
         significance["over_other"] = {"name": " ".join(ours.against), **compare(
@@ -114,7 +121,7 @@ def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Spa
 
     if distributed.rank():
         return  # the first process has all that the others have computed
-    summary = report.assemble(epochs, committee, left_out, fitted, significance, shift)
+    summary = report.assemble(epochs, committee, left_out, fitted, significance, shift, not_finite)
     print(report.as_text(summary))
     paths = report.write(folder, summary, committee)
     paths += pictures.draw(folder, summary, confusion_matrix(committee.probabilities, committee.labels))
@@ -159,6 +166,8 @@ def try_fit(pool: Pool, ours: CommitteeOptions, options: TestOptions) -> Fit | N
         check_same_images(score(pool, options))  # those with other test images are no committee at all
         print(f"no held-out images in common, {without}: {error}\n")
         return None
+    if ours.combination not in SELECTING:
+        check_finite(scores, files_by_name(pool))
     return fit(scores, ours.combination, size=ours.size, width=ours.width, objective=ours.objective,
                temperatures=ours.temperatures or ())
 
@@ -166,10 +175,11 @@ def try_fit(pool: Pool, ours: CommitteeOptions, options: TestOptions) -> Fit | N
 def build(pool: Pool, fitted: Fit | None, ours: CommitteeOptions, options: TestOptions
           ) -> tuple[Committee, Scores | None]:
     """The committee on the test images, and the best member of the pool on held-out images, which it need not have."""
-    if fitted is None:
-        return Committee(score(pool, options), ours.combination), None
-    needed = {name: pool[name] for name in [*fitted.members, fitted.best_member]}
+    needed = pool if fitted is None else {name: pool[name] for name in [*fitted.members, fitted.best_member]}
     scores = score(needed, options)
+    check_finite(scores, files_by_name(needed))
+    if fitted is None:
+        return Committee(scores, ours.combination), None
     return fitted.committee(scores), scores[fitted.best_member]
 
 
@@ -180,6 +190,10 @@ def score(pool: Pool, options: TestOptions, split: str = "test") -> dict[str, Sc
 
 def progress(things: Iterable, title: str) -> tqdm:
     return tqdm(things, desc=title, unit="checkpoint", leave=False, disable=distributed.quiet())
+
+
+def files_by_name(pool: Pool) -> dict[str, Path]:
+    return {name: path for name, (_, path) in pool.items()}
 
 
 def paths_of(pool: Pool) -> dict[str, str]:

@@ -22,6 +22,7 @@ from conas.commands.scoring import load_images, predict
 from conas.errors import InputError
 from conas.files import atomic_path
 from conas.runs.folder import folder_name
+from conas.runs.scores import finite_rows, remark
 from ensemble.combine.network import CommitteeNetwork, load_committee
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -59,13 +60,18 @@ def checker(network: CommitteeNetwork, images: Tensor, expected: Tensor, path: s
 def test_images(network: CommitteeNetwork, data: str | None, count: int = 256) -> tuple[Tensor, Tensor]:
     """Some test images, uint8, and the committee's probabilities for them, float64, by the way that tests take.
 
-    Raises InputError if the data set is not where the members had it, nor in the folder `data`.
+    Raises InputError if the data set is not where the members had it, nor in the folder `data`, and for a member some
+    of whose predictions are not finite.
     """
     info = network.dataset
     images = load_images(Path(ABOUT), info, data, "test")
     chosen = torch.arange(min(count, len(images)))
     logits = torch.stack([predict(member, images, 100, torch.device("cpu"), chosen, crop=crop)
                           for member, crop in zip(network.networks, network.crops)])
+    for name, own in zip(network.names, logits):
+        if bad := remark(int((~finite_rows(own)).sum()), len(own)):
+            raise InputError(f"{name}: {bad} on test images, so nothing is exported; start test_ensemble.py again with "
+                             "--spaces or --members that leave it out")
     return next(images.gather([chosen], "cpu"))[0], network.combine(logits)
 
 

@@ -28,10 +28,15 @@ from conas.data.listing import IRREGULAR, LINKS, Listing
 from conas.errors import InputError, one_line
 from conas.files import write_json, write_text
 from conas.runs.folder import folder_name
+from conas.runs.scores import finite_rows
 from ensemble.combine.network import CommitteeNetwork, load_committee
 from ensemble.measure.diversity import entropy, uncertainty
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+class NotFiniteError(InputError):
+    """A member's prediction for an image is NaN or infinite, and so the committee has none."""
 
 
 def find_images(paths: Sequence[str], follow_links: bool = False) -> list[str]:
@@ -91,7 +96,8 @@ def predict(network: CommitteeNetwork, paths: Sequence[str], top_k: int = 1, bat
     """One row for each readable image, in order: image, class, probability, entropy, mutual_information (nats), top
     (`top_k` pairs of class and probability, best first) and votes (by member: class and probability).
 
-    Images are decoded a few batches ahead, so memory does not grow with their number. Others go to `complain`.
+    Images are decoded a few batches ahead, so memory does not grow with their number. Others go to `complain`, and so
+    do images of which a member's prediction is not finite, as a NotFiniteError that names image and member.
     """
     device, size = network.pixel_mean.device, network.dataset["image_size"]
     files = ImageFiles(Path(), list(paths), network.dataset.get("resize", "crop"))
@@ -106,7 +112,14 @@ def predict(network: CommitteeNetwork, paths: Sequence[str], top_k: int = 1, bat
                     good.append((path, _in_channels(image, network.channels)))
             if good:
                 logits = network.logits(torch.stack([image for _, image in good]).to(device)).cpu()
-                yield from _rows(network, [path for path, _ in good], logits, top_k)
+                finite_MB, answered = finite_rows(logits), []
+                for i, (path, _) in enumerate(good):
+                    if names := [name for name, fine in zip(network.names, finite_MB[:, i].tolist()) if not fine]:
+                        complain(NotFiniteError(f"{path}: not answered, since the prediction of {', '.join(names)} is "
+                                                "not finite; leave that member out of the committee"))
+                    else:
+                        answered.append(i)
+                yield from _rows(network, [good[i][0] for i in answered], logits[:, answered], top_k)
 
 
 def _rows(network: CommitteeNetwork, paths: Sequence[str], logits_MBC: Tensor, top_k: int) -> Iterator[dict]:
@@ -159,9 +172,14 @@ def main(argv: Sequence[str] | None = None) -> None:
               f"{row['entropy']:7.3f}  {row['mutual_information']:18.3f}  {votes}{others and '  then' + others[1:]}")
         rows.append(row)
     seconds = time.perf_counter() - began
+    unanswered = sum(isinstance(error, NotFiniteError) for error in bad)
+    if not rows and unanswered:
+        raise InputError(f"none of {len(bad)} images could be answered: predictions for {unanswered} are not finite"
+                         f"{f', {len(bad) - unanswered} could not be read' if len(bad) > unanswered else ''}")
     if not rows:
         raise InputError(f"none of {len(bad)} images could be read")
-    failed = f", {len(bad)} could not be read" if bad else ""
+    failed = f", {len(bad) - unanswered} could not be read" if len(bad) > unanswered else ""
+    failed += f", {unanswered} not answered, since predictions are not finite" if unanswered else ""
     print(f"{len(rows)} image{'s' * (len(rows) > 1)}{failed}; {len(rows) / seconds:.0f} images per second")
     if values.csv:
         write_text(values.csv, as_csv(rows))

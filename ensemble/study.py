@@ -31,6 +31,7 @@ from conas.runs.checkpoint import load, restore
 from conas.runs.folder import FREE, folder_name, list_checkpoints, read_arguments
 from conas.runs.options import TestOptions
 from conas.runs.scores import Scores
+from ensemble.combine.committee import check_finite
 from ensemble.study_statistics import as_text, compare_groups
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -171,7 +172,8 @@ def finished(folder: Path) -> bool:
 def gather(content: dict, options: TestOptions) -> dict[tuple[str, int], Scores]:
     """The test scores of the last epoch of every run by (space, seed). Raises InputError naming a run that is missing.
 
-    The last epoch, and not the best: nothing is chosen, so nothing can be chosen in favour of a committee.
+    The last epoch, and not the best: nothing is chosen, so nothing can be chosen in favour of a committee. A network
+    some of whose predictions are not finite is refused, too: to leave it out would be a choice.
     """
     spaces, scores = {space.name: space for space in discover(ROOT)}, {}
     missing = [run for run in content["runs"] if not finished(_folder(content, run))]
@@ -186,6 +188,8 @@ def gather(content: dict, options: TestOptions) -> dict[tuple[str, int], Scores]
         if found.seed != run["seed"]:
             raise InputError(f"{_folder(content, run)}: was run with --seed {found.seed} and not {run['seed']}, as the "
                              "plan says; move it away and run the plan again")
+        path = checkpoints[max(checkpoints)]
+        check_finite({"": found}, {"": path}, "a plan with a lower --learning_rate in its --flags may help")
         scores[run["space"], run["seed"]] = found
     return scores
 

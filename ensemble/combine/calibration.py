@@ -2,7 +2,7 @@
 import torch
 from torch import Tensor
 
-from ensemble.measure.metrics import softmax
+from ensemble.measure.metrics import require_finite, softmax
 
 RANGE = 0.01, 100.0
 FLAT = 1e-3  # nats: a loss that varies by less over all of RANGE says nothing about the temperature
@@ -18,8 +18,10 @@ def fit_temperatures(logits: Tensor, labels: Tensor) -> Tensor:
     where nothing is to be learned: for a member whose NLL varies by less than FLAT over RANGE, as that of equal logits
     does, and for one whose label is best, alone or tied, on every image. The NLL of the latter would fall for ever as T
     goes to 0, and one wrong answer on another image would cost more than all that. Fit on images whose labels trained
-    neither network nor weights. Guo et al., 2017, section 4.2.
+    neither network nor weights. Guo et al., 2017, section 4.2. Raises InputError for a member some of whose logits are
+    not finite.
     """
+    require_finite(logits)
     z = logits.double()
     largest = z.amax(dim=2, keepdim=True)
     spread, size = largest - z.amin(dim=2, keepdim=True), z.abs().amax(dim=2, keepdim=True)
@@ -62,5 +64,6 @@ def apply_temperature(probabilities: Tensor, temperature: float) -> Tensor:
 
 
 def log_probabilities(probabilities: Tensor) -> Tensor:
-    """Logarithms in float64; those of 0 are as of the smallest normal number, and finite."""
-    return probabilities.double().clamp_min(torch.finfo(torch.float64).tiny).log()
+    """Logarithms in float64; those of 0 are as of the smallest normal number. NaN for what is not finite."""
+    logs = probabilities.double().clamp_min(torch.finfo(torch.float64).tiny).log()
+    return logs.masked_fill(~probabilities.isfinite(), torch.nan)

@@ -61,6 +61,9 @@ def _mean(values_MBC: Tensor) -> Tensor:
     return ordered_MBC[0] + (ordered_MBC - ordered_MBC[0]).mean(dim=0)
 
 
+IMAGES = {"test": "the test images", "valid": "the held-out images"}  # by split; others are corruptions by name
+LEAVE_OUT = ("leave it out (--spaces and --members choose the members), or train it again with a lower --learning_rate "
+             "under another --save name")
 COMBINATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     rule.__name__: rule for rule in (mean_softmax, geometric_mean, logit_mean, logit_sum, majority_vote)}
 
@@ -96,11 +99,17 @@ class Committee:
 
 def stack_logits(members: Mapping[str, Scores]) -> Tensor:
     """(M, B, C) float32. Raises InputError naming a member whose logits are not all finite."""
-    for name, scores in members.items():
-        if not scores.logits.isfinite().all():
-            raise InputError(f"{name}, epoch {scores.epoch}: some of its logits are NaN or infinite; leave it out, or "
-                             "search again with a lower --learning_rate under another --save name")
+    check_finite(members)
     return torch.stack([scores.logits for scores in members.values()])
+
+
+def check_finite(members: Mapping[str, Scores], files: Mapping[str, object] | None = None, advice: str = LEAVE_OUT
+                 ) -> None:
+    """Raise InputError naming a member, by its file if that is given, some of whose predictions are not finite."""
+    for name, scores in members.items():
+        if scores.not_finite:
+            where = files[name] if files else f"{name}, epoch {scores.epoch}"
+            raise InputError(f"{where}: {scores.remark} on {IMAGES.get(scores.split, scores.split)}; {advice}")
 
 
 def check_same_images(members: Mapping[str, Scores]) -> None:

@@ -17,7 +17,8 @@ from ensemble.combine.committee import COMBINATIONS, Committee, check_same_image
 from ensemble.combine.selection import TOLERANCE, beam, convex_weights, weights_gap
 from ensemble.measure.metrics import nll, softmax
 
-FITTED = "weighted", "greedy", "beam"
+SELECTING = "greedy", "beam"
+FITTED = "weighted", *SELECTING
 RULES = (*COMBINATIONS, *FITTED)
 
 
@@ -38,6 +39,7 @@ class Fit:
     own_temperature: float
     best_member: str
     about: dict  # images, fingerprint, pool, used_for, path: ready for the report
+    left_out: dict[str, Scores]  # candidates of the pool that are not in it, since some predictions are not finite
 
     def committee(self, members: Mapping[str, Scores]) -> Committee:
         """The committee on other images; `members` may hold more than its own."""
@@ -56,9 +58,15 @@ def fit(pool: Mapping[str, Scores], combination: str, *, size: int = 10, width: 
 
     greedy and beam choose at most `size` members, with repeats that become weights; the other rules take the whole
     pool. `temperatures` may hold "members", whose logits are then divided by theirs before anything else is fitted, and
-    "committee". Raises InputError for scores of other images than held-out ones, or of different ones.
+    "committee". A candidate some of whose predictions are not finite is left out by greedy and beam, and named in the
+    result. Raises InputError for such a member of the other rules, if all candidates are such, and for scores of other
+    images than held-out ones, or of different ones.
     """
     check_same_images(pool)
+    left_out = {}
+    if combination in SELECTING and not all(scores.not_finite for scores in pool.values()):
+        left_out = {name: scores for name, scores in pool.items() if scores.not_finite}
+        pool = {name: scores for name, scores in pool.items() if name not in left_out}
     names, first = list(pool), next(iter(pool.values()))
     if first.split != "valid":
         raise InputError(f"{names[0]}: scores of the split {first.split!r} fit nothing; held-out images do")
@@ -82,7 +90,7 @@ def fit(pool: Mapping[str, Scores], combination: str, *, size: int = 10, width: 
             used_for.append(f"the selection of {len(selection.members)} members, {len(set(selection.members))} of them "
                             f"different, from {len(names)}")
         weights = weights[torch.tensor(by_name).argsort()]
-    kept = torch.arange(len(names)) if combination not in ("greedy", "beam") else weights.nonzero()[:, 0]
+    kept = torch.arange(len(names)) if combination not in SELECTING else weights.nonzero()[:, 0]
     chosen = [names[i] for i in kept]
     weights, scaled = (values if values is None else values[kept] for values in (weights, scaled))
     committee = Committee({name: pool[name] for name in chosen}, rule(combination), weights=weights,
@@ -96,7 +104,7 @@ def fit(pool: Mapping[str, Scores], combination: str, *, size: int = 10, width: 
                fit_temperatures(committee.logits, labels) if scaled is None else scaled, own_temperature,
                best_member(pool),
                {"split": first.split, "images": len(labels), "fingerprint": first.fingerprint, "pool": len(names),
-                "used_for": used_for, "path": path})
+                "used_for": used_for, "path": path}, left_out)
 
 
 def best_member(pool: Mapping[str, Scores]) -> str:

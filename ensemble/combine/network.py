@@ -3,6 +3,7 @@
 It is the committee of `committee-NAME/committee.json`, as test_ensemble.py chose, weighed and calibrated it.
 Shape suffixes: M members, B images, C classes.
 """
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from conas.data.images import DATASETS
 from conas.engine.inference import prepared
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
+from conas.runs.scores import finite_rows
 from ensemble.combine.calibration import apply_temperature
 from ensemble.combine.committee import COMBINATIONS, weighted_mean
 from ensemble.report.read_report import read_report
@@ -62,11 +64,15 @@ class CommitteeNetwork(nn.Module):
         return logits_MBC.double() / self.temperatures[:, None, None]
 
     def combine(self, logits_MBC: Tensor) -> Tensor:
-        """(B, C) float64: the committee's probabilities. Like `scaled`, for logits on the CPU."""
+        """(B, C) float64: the committee's probabilities; NaN for an image if a member's logits are not all finite.
+
+        Like `scaled`, for logits on the CPU.
+        """
         rule = COMBINATIONS.get(self.combination)
         scaled_MBC = self.scaled(logits_MBC)
         combined = rule(scaled_MBC) if rule else weighted_mean(scaled_MBC, self.weights)
-        return apply_temperature(combined, self.temperature)
+        answered_B = finite_rows(logits_MBC).all(dim=0)
+        return apply_temperature(combined, self.temperature).masked_fill(~answered_B[:, None], math.nan)
 
 
 def load_committee(root: Path, save: str) -> CommitteeNetwork:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ensemble.measure.metrics import require_finite
+
 OBJECTIVES = "nll", "accuracy"
 TOLERANCE = 1e-5  # nats by which the NLL of convex weights may be above the lowest
 
@@ -39,8 +41,10 @@ def beam(probabilities_PNK: Tensor, labels: Tensor, size: int, width: int, objec
     the best committee of at most `size` members, repeats allowed.
 
     `objective` "nll" is the mean of -log p_(n, y_n); "accuracy" is the error, and where that is equal the lower nll.
-    Memory and time grow with width * P * N, for accuracy with width * P * N * K.
+    Memory and time grow with width * P * N, for accuracy with width * P * N * K. Raises InputError for a candidate some
+    of whose probabilities are not finite: no committee with it has a score.
     """
+    require_finite(probabilities_PNK)
     P, N, _ = probabilities_PNK.shape
     own_PN = probabilities_PNK.gather(2, labels.expand(P, N)[..., None])[..., 0].double()
     by_class = probabilities_PNK if objective == "accuracy" else None
@@ -88,8 +92,10 @@ def convex_weights(probabilities_PNK: Tensor, labels: Tensor, tolerance: float =
 
     Expectation maximisation: w_p becomes w_p g_p, with g_p = mean_n p_pn / (sum_q w_q p_qn) for the probabilities of
     the labels. The NLL is convex in w and no weights have one lower by more than log(max_p g_p) (Lindsay, 1983), so the
-    steps end once that is below `tolerance` nats, or after `steps`: `weights_gap` tells.
+    steps end once that is below `tolerance` nats, or after `steps`: `weights_gap` tells. Raises InputError as `beam`
+    does.
     """
+    require_finite(probabilities_PNK)
     own_PN = _own(probabilities_PNK, labels)
     w = own_PN.new_full((len(own_PN),), 1 / len(own_PN))
     for _ in range(steps):

@@ -9,10 +9,11 @@ import math
 import torch
 from torch import Tensor
 
-from conas.runs.scores import finite_rows, is_right, topk_accuracy
+from conas.errors import InputError
+from conas.runs.scores import finite_rows, is_right, remark, topk_accuracy
 
-__all__ = ["adaptive_ece", "bin_numbers", "brier", "confusion_matrix", "ece", "nll", "per_class_accuracy", "softmax",
-           "topk_accuracy"]
+__all__ = ["adaptive_ece", "bin_numbers", "brier", "confusion_matrix", "ece", "nll", "per_class_accuracy",
+           "require_finite", "softmax", "topk_accuracy"]
 
 
 ROUNDING = 2.0**-40  # confidences that differ by less are equal
@@ -84,6 +85,14 @@ def _overconfidence(probabilities: Tensor, labels: Tensor) -> tuple[Tensor, Tens
     """(N,) confidence minus correctness, and (N,) confidence."""
     confidence = _or_nan(probabilities.double().amax(dim=1), probabilities)
     return confidence - is_right(probabilities, labels).double(), confidence
+
+
+def require_finite(predictions_MNK: Tensor) -> None:
+    """Raise InputError naming, by its place, a member some of whose predictions are not finite."""
+    for m, count in enumerate((~finite_rows(predictions_MNK)).sum(dim=1).tolist()):
+        if count:
+            raise InputError(f"member {m + 1} of {len(predictions_MNK)}: {remark(count, predictions_MNK.shape[1])}, "
+                             "and nothing can be fitted to them or tested; leave it out")
 
 
 def _or_nan(values: Tensor, probabilities: Tensor) -> Tensor:

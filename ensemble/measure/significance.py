@@ -7,6 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ensemble.measure.metrics import require_finite
+
 SAMPLES = 10_000
 
 
@@ -66,8 +68,10 @@ def compare(ours: Tensor, theirs: Tensor, labels: Tensor, samples: int = SAMPLES
     """What `ours` (N, K) gains over `theirs` (N, K), two sets of probabilities of the same images.
 
     Returns {top1, loss: {gain, low, high}, mcnemar: {only_ours, only_theirs, p}}: 95 % intervals, top1 in percentage
-    points, loss in nats; gains are positive where ours is better.
+    points, loss in nats; gains are positive where ours is better. Raises InputError for probabilities
+    that are not finite.
     """
+    require_finite(torch.stack([ours, theirs]))
     ours_right, theirs_right = (p.argmax(dim=1) == labels for p in (ours, theirs))
     losses = [-p.double().gather(1, labels[:, None])[:, 0].clamp_min(torch.finfo(torch.float64).tiny).log()
               for p in (ours, theirs)]

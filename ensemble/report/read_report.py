@@ -66,4 +66,4 @@ def _are_texts(values: dict, *names: str) -> bool:
 
 
 def _are_numbers(values: dict, *names: str) -> bool:
-    return all(type(values.get(name)) in (int, float) for name in names)
+    return all(type(values.get(name)) in (int, float) and math.isfinite(values[name]) for name in names)

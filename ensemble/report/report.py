@@ -4,6 +4,9 @@ A report is a plain dict, ready for JSON; accuracies are in percent, gains in pe
 
     format version combination dataset fingerprint images classes    what was combined, and on what it was tested
     left_out      by member, the epochs that not all members have
+    not_finite    a list of {name, epoch, split, not_finite, images}: whose predictions are not all finite, and on how
+                  many of which images; on test images it is an epoch before the last, which `epochs` then lack; on
+                  held-out images a candidate, which was not selected
     epochs        a list of {epoch, members, committee, best_member, gain}, where
                   members are {name, space, epoch, seed, stage, checkpoint, sha256, weight, TEMPERATURE, FIGURES},
                   checkpoint relative to the root,
@@ -30,8 +33,9 @@ from torch import Tensor
 
 import conas
 from conas.files import write_json, write_text
+from conas.runs.scores import Scores, remark
 from ensemble.combine.calibration import apply_temperature, bound
-from ensemble.combine.committee import Committee, span
+from ensemble.combine.committee import IMAGES, Committee, span
 from ensemble.combine.fit import Fit
 from ensemble.measure import metrics
 from ensemble.measure.diversity import diversity, uncertainty
@@ -94,14 +98,28 @@ def bounds_reached(entry: dict) -> list[str]:
 
 
 def assemble(epochs: Sequence[dict], last: Committee, left_out: Mapping[str, Sequence[int]],
-             fitted: Fit | None = None, significance: dict | None = None, shift: dict | None = None) -> dict:
+             fitted: Fit | None = None, significance: dict | None = None, shift: dict | None = None,
+             not_finite: Sequence[dict] = ()) -> dict:
     """The report of what `evaluate` returned for all common epochs, `last` being the committee of the last one."""
     return {"format": "conas-committee", "version": conas.__version__,
             "combination": fitted.combination if fitted else last.combination,
             "dataset": last.dataset, "fingerprint": last.fingerprint, "images": len(last.labels),
-            "classes": last.classes, "left_out": dict(left_out), "epochs": list(epochs),
+            "classes": last.classes, "left_out": dict(left_out), "not_finite": list(not_finite),
+            "epochs": list(epochs),
             "held_out": fitted and {**fitted.about, "best_member": fitted.best_member},
             "significance": significance or {"over_best_member": None, "over_other": None}, "shift": shift}
+
+
+def not_finite(members: Mapping[str, Scores]) -> list[dict]:
+    """What a report says of members, by name, some of whose predictions are not finite."""
+    return [{"name": name, "epoch": scores.epoch, "split": scores.split, "not_finite": scores.not_finite,
+             "images": len(scores.labels)} for name, scores in members.items() if scores.not_finite]
+
+
+def not_finite_lines(entries: Sequence[dict]) -> list[str]:
+    """In words: who was left out, and why."""
+    return [f"{e['name']}, epoch {e['epoch']}: {remark(e['not_finite'], e['images'])} on {IMAGES[e['split']]}; "
+            f"{'the epoch' if e['split'] == 'test' else 'this candidate'} is left out" for e in entries]
 
 
 def as_text(report: dict) -> str:
@@ -112,6 +130,7 @@ def as_text(report: dict) -> str:
     lines += [f"{name} also has epoch{'s' * (len(extra) > 1)} {span(extra)}: left out, since not all members have them"
               for name, extra in report["left_out"].items()]
 
+    lines += not_finite_lines(report["not_finite"])
     columns = {"top-1 %": ("top1", ".2f"), "top-5 %": ("top5", ".2f"), "loss": ("loss", ".4f"),
                "Brier": ("brier", ".4f"), "ECE": ("ece", ".4f"), "adaptive ECE": ("adaptive_ece", ".4f")}
     if classes <= 5:  # the five best of five classes are always right

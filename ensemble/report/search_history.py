@@ -81,9 +81,10 @@ def read_searches(folders: Sequence[Path]) -> list[Search]:
                 cells.append(genotypes.from_json(checkpoint["genotype"], str(path), checkpoint["primitives"]))
                 for kind in KINDS:
                     shape = getattr(checkpoint["state"].get(f"alphas_{kind}"), "shape", None)
-                    if shape != (len(EDGES), P) or len(getattr(cells[-1], kind)) != 2 * NODES:
-                        raise InputError(f"{path}: has no alphas of {len(EDGES)} edges and {P} primitives, or another "
-                                         "cell; copy a good one here")
+                    if (shape != (len(EDGES), P) or len(getattr(cells[-1], kind)) != 2 * NODES
+                            or not checkpoint["state"][f"alphas_{kind}"].isfinite().all()):
+                        raise InputError(f"{path}: has no finite alphas of {len(EDGES)} edges and {P} primitives, or "
+                                         "another cell; copy a good one here")
                     alphas[kind].append(torch.softmax(checkpoint["state"][f"alphas_{kind}"].double(), dim=-1))
                 bar.update()
             searches.append(Search(f"{folder.parent.name}/{folder.name}", checkpoint["primitives"], list(found), alphas,
