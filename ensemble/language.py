@@ -14,9 +14,10 @@ from conas.errors import InputError
 from conas.files import write_json
 from conas.recurrent.files import restore
 from conas.recurrent.model import LanguageModel, TextBatch
-from conas.recurrent.steps import perplexity
+from conas.recurrent.steps import perplexity, right_word_log_probabilities
 from conas.recurrent.text import Corpus, Text, load_corpus
 from conas.runs import checkpoint as checkpoints
+from conas.runs.scores import remark
 
 
 def open_members(paths: Mapping[str, Path], data: str | None) -> tuple[dict[str, LanguageModel], Corpus]:
@@ -48,27 +49,35 @@ def mean_probability(log_probabilities_MN: Tensor) -> Tensor:
 
 @torch.no_grad()
 def score(members: Sequence[LanguageModel], text: Text, bptt: int) -> Tensor:
-    """Log-probabilities (M, N) float64, on the CPU, that each member gives the N right words of a text."""
+    """Log-probabilities (M, N) float64, on the CPU, that each member gives the N right words of a text.
+
+    NaN where those that it gives to all words are not finite.
+    """
     states = [member.eval().initial(text.columns.shape[1]) for member in members]
     found: list[list[Tensor]] = [[] for _ in members]
     for tokens, targets in text.pieces(bptt):
         for m, member in enumerate(members):
             batch = TextBatch(tokens, targets, states[m])
-            logits, _ = member.predict(batch)
-            chosen = logits.log_softmax(dim=2).gather(2, targets[:, :, None])
-            found[m].append(chosen.double().cpu().flatten())
+            found[m].append(right_word_log_probabilities(member, batch).double().cpu().flatten())
             states[m] = batch.after
     return torch.stack([torch.cat(parts) for parts in found])
 
 
 def evaluate(paths: Mapping[str, Path], data: str | None, bptt: int, device: torch.device) -> dict:
-    """Loss and perplexity of every member and of their committee on the test text, read word after word."""
+    """Loss and perplexity of every member and of their committee on the test text, read word after word.
+
+    Raises InputError naming the file of a member some of whose predictions are not finite.
+    """
     if len(paths) < 2:
         raise InputError(f"only {', '.join(paths) or 'none'} is there, and a committee needs two members; start rnn's "
                          "train.py with another --seed and --save, or name checkpoints with --members")
     members, corpus = open_members(paths, data)
     text = Text(corpus, "test", 1, device)
     log_probabilities_MN = score([member.to(device) for member in members.values()], text, bptt)
+    for path, own in zip(paths.values(), log_probabilities_MN):
+        if bad := remark(int(own.isnan().sum()), len(own)):
+            raise InputError(f"{path}: {bad} on the test text; leave it out (--members names the others), or train it "
+                             "again with a lower --lr under another --save name")
     losses = dict(zip(members, (-log_probabilities_MN.mean(dim=1)).tolist()))
     committee = -mean_probability(log_probabilities_MN).mean().item()
     return {"task": "language", "dataset": corpus.name, "fingerprint": corpus.fingerprint, "words": text.steps,

@@ -4,7 +4,6 @@ import sys
 from collections.abc import Iterable, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +22,7 @@ from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import folder_name
 from conas.runs.options import TestOptions
-from conas.runs.scores import Scores, finite_rows, load_scores, mean_loss, remark, save_scores, topk_accuracy
+from conas.runs.scores import Scores, Validation, finite_rows, load_scores, mean_loss, save_scores, topk_accuracy
 
 NETWORKS_PER_PASS = 8
 MIN_BATCHES_FOR_GRAPH = 8  # with fewer, recording costs more than it saves
@@ -56,30 +55,12 @@ def predict_all(networks: Sequence[nn.Module], images: ImageSet, batch_size: int
     return [torch.cat(of_one) for of_one in zip(*filter(None, parts))]
 
 
-class Validation(NamedTuple):
-    """Loss in nats, NaN if a prediction is not finite; accuracy in percent; which predictions are not finite."""
-
-    loss: float
-    top1: float
-    not_finite: int
-    count: int
-
-    @property
-    def remark(self) -> str:
-        """For the line of an epoch: how many predictions are not finite, if some are not."""
-        return f"  ({remark(self.not_finite, self.count)})" if self.not_finite else ""
-
-    def remarks(self) -> dict:
-        """For the epoch's line of metrics: the number of predictions that are not finite, if some are not."""
-        return {"not_finite": self.not_finite} if self.not_finite else {}
-
-
 def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torch.device, workers: int = 0,
              crop: int | None = None) -> Validation:
     """Loss and accuracy on the images of `indices`, which the weights have not seen."""
     logits, labels = predict(network, images, 256, device, indices, workers, crop), images.labels[indices]
-    return Validation(mean_loss(logits, labels), 100 * topk_accuracy(logits, labels),
-                      int((~finite_rows(logits)).sum()), len(labels))
+    return Validation(mean_loss(logits, labels), int((~finite_rows(logits)).sum()), len(labels),
+                      100 * topk_accuracy(logits, labels))
 
 
 _load = lru_cache(maxsize=2)(load)  # all checkpoints of a run are tested on the same images

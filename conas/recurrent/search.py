@@ -27,8 +27,8 @@ from conas.recurrent.steps import (
     Reader,
     Schedule,
     TextCourse,
-    evaluate,
     perplexity,
+    validate,
     validation_text,
     weight_optimizer,
     weight_step,
@@ -37,7 +37,7 @@ from conas.recurrent.text import Text, load_corpus
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run, folder_name
 from conas.runs.options import KeepOptions
-from conas.runs.progress import announce, resumed, tell_skipped
+from conas.runs.progress import announce, resumed, tell_not_finite, tell_skipped
 from conas.runs.resume import Keeper, seed_generators, write_epoch
 
 
@@ -106,11 +106,12 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
                 keeper.after_step(state)
 
             with keeper.calm(state):
-                valid_loss = evaluate(network, valid, text.bptt)
+                found = validate(network, valid, text.bptt)
             metrics.append({"epoch": epoch, "learning_rate": sgd.lr, "train_loss": course.loss,
-                            "valid_loss": valid_loss} | course.remarks())
+                            "valid_loss": found.loss} | course.remarks() | found.remarks())
             run.log(f"epoch {epoch:3d}  train {course.loss:.4f} perplexity {perplexity(course.loss):.2f}  "
-                    f"valid {valid_loss:.4f} perplexity {perplexity(valid_loss):.2f}  {course.rate:.0f} words/s")
+                    f"valid {found.loss:.4f} perplexity {perplexity(found.loss):.2f}{found.remark}  "
+                    f"{course.rate:.0f} words/s")
             write_epoch(keeper, state() | {"course": None})
         finish(run, network.genotype(), metrics)
     return folder
@@ -130,6 +131,7 @@ def resume(keeper: Keeper, network: RecurrentSupernet, optimizer: torch.optim.Op
 def finish(run: Run, genotype: Genotype, metrics: list[dict]) -> None:
     """Print the cell that the search ends with, ready for `genotypes.py`, and draw it."""
     tell_skipped(run, metrics)
+    tell_not_finite(run, metrics, "the validation text", "--lr")
     pictures = draw_recurrent(genotype, run.folder / "cells")
     run.log(str(genotype))
     run.log(f"pictures of the cell: {', '.join(str(path) for path in pictures)}")

@@ -13,6 +13,9 @@ from conas.recurrent.model import LanguageModel, Masks, RecurrentSupernet, TextB
 from conas.recurrent.options import DropoutOptions
 from conas.recurrent.text import Corpus, Text, random_lengths
 from conas.runs.progress import Course, descend, snapshot
+from conas.runs.scores import Validation, finite_rows
+
+LARGE = 1e15  # sums of products of smaller numbers are within the range of float32
 
 
 def draw_masks(rates: DropoutOptions, sequences: int, network: LanguageModel, generator: torch.Generator) -> Masks:
@@ -118,6 +121,34 @@ def evaluate(network: LanguageModel, text: Text, bptt: int) -> float:
     return total.item() / text.steps
 
 
+def validate(network: LanguageModel, text: Text, bptt: int) -> Validation:
+    """`evaluate`, with the number of words whose prediction is not finite; the loss is NaN if there are any.
+
+    The count takes another pass over the text, which is left out where the loss and all weights are moderate.
+    """
+    loss = evaluate(network, text, bptt)
+    moderate = abs(loss) < LARGE and all(values.abs().amax() < LARGE for values in network.state_dict().values())
+    not_finite = 0 if moderate else _count_not_finite(network, text, bptt)
+    return Validation(math.nan if not_finite else loss, not_finite, text.steps * text.columns.shape[1])
+
+
+@torch.no_grad()
+def _count_not_finite(network: LanguageModel, text: Text, bptt: int) -> int:
+    hidden, count = network.initial(text.columns.shape[1]), 0
+    for tokens, targets in text.pieces(bptt):
+        batch = TextBatch(tokens, targets, hidden)
+        count += int(right_word_log_probabilities(network, batch).isnan().sum())
+        hidden = batch.after
+    return count
+
+
+def right_word_log_probabilities(network: LanguageModel, batch: TextBatch) -> Tensor:
+    """(T, B): of each target, NaN where the log-probabilities of all words are not finite. Sets `batch.after`."""
+    log_probabilities = network.predict(batch)[0].log_softmax(dim=2)
+    right = log_probabilities.gather(2, batch.targets[:, :, None])[:, :, 0]
+    return right.masked_fill(~finite_rows(log_probabilities), math.nan)
+
+
 class Reader:
     """Reads a text from top to bottom, again and again, in batches that begin where the one before ended.
 
@@ -192,5 +223,5 @@ def validation_text(corpus: Corpus, device: torch.device) -> Text:
 
 
 def perplexity(loss: float) -> float:
-    """exp of nats a word; infinite rather than an error above the range of a float."""
-    return math.exp(loss) if loss < 700 else math.inf
+    """exp of nats a word: NaN for NaN, and infinite rather than an error above the range of a float."""
+    return math.inf if loss > 700 else math.exp(loss)

@@ -13,25 +13,29 @@ from conas.recurrent.genotype import Genotype
 from conas.recurrent.model import LanguageModel, RecurrentNetwork, RecurrentSupernet
 from conas.recurrent.options import LanguageTestOptions
 from conas.recurrent.pickled import read_pickled
-from conas.recurrent.steps import evaluate, perplexity
+from conas.recurrent.steps import perplexity, validate
 from conas.recurrent.text import Corpus, Text, load_corpus
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import best_checkpoint, folder_name
 from conas.runs.options import ROOT
+from conas.runs.scores import remark
 
 PUBLISHED = {"perplexity": 55.68, "parameters": 23e6}  # of ptb_model.pt, arXiv:1806.09055, table 3
 PUBLISHED_UNITS = 850
 
 
 def measure(network: LanguageModel, corpus: Corpus, split: str, bptt: int, device) -> dict[str, float]:
-    """loss in nats a word, perplexity, parameters, words_per_second: word after word, one text at a time."""
+    """loss in nats a word, perplexity, parameters, words_per_second: word after word, one text at a time.
+
+    Also words, and of how many of them the prediction is not_finite; loss and perplexity are NaN if there are any.
+    """
     network.to(device).eval()
     text = Text(corpus, split, 1, device)
     began = time.perf_counter()
-    loss = evaluate(network, text, bptt)
+    found = validate(network, text, bptt)
     seconds = time.perf_counter() - began
-    return {"loss": loss, "perplexity": perplexity(loss), "parameters": count_parameters(network),
-            "words_per_second": text.steps / seconds}
+    return {"loss": found.loss, "perplexity": perplexity(found.loss), "parameters": count_parameters(network),
+            "words_per_second": text.steps / seconds, "words": found.count, "not_finite": found.not_finite}
 
 
 def open_published(path: Path, cell: Genotype) -> RecurrentNetwork:
@@ -97,27 +101,37 @@ def main(folder: Path, supernet: type[RecurrentSupernet], module, description: s
                          f"{len(corpus.words)}; name its text with --data")
     for note in corpus.notes:
         print(note)
-    if options.export:
+    if options.export:  # while the network is on the CPU
         checkpoint = checkpoint or checkpoints.describe(
             network, space=folder.name, epoch=0, dataset=corpus.about(), arguments={"seed": 0},
             primitives=module.PRIMITIVES)
-        write = checkpoints.export if options.export.endswith(checkpoints.SAFETENSORS) else checkpoints.save
-        write(options.export, checkpoint)
-        print(f"written: {options.export}, which nothing is executed of to read it")
     elif published:
         print(f"to have it in a file that is safe to load: --model_path {path} --export {path.stem}-safe.pt")
     print(f"{corpus.name}: {len(corpus.ids['test'])} words of test text, vocabulary of {len(corpus.words)}")
     if published and (unlike := differences(network, corpus, module.DARTS_V2)):
         published = False
         print(f"the paper's figures are left out, since they are of {'; '.join(unlike)}")
-    print(as_text(measure(network, corpus, "test", options.bptt, device), published))
+    figures = measure(network, corpus, "test", options.bptt, device)
+    print(as_text(figures, published))
+    if options.export:
+        if bad := remark(figures["not_finite"], figures["words"]):
+            raise InputError(f"--export {options.export}: not written, since {bad}; name another network with "
+                             "--model_path")
+        write = checkpoints.export if options.export.endswith(checkpoints.SAFETENSORS) else checkpoints.save
+        write(options.export, checkpoint)
+        print(f"written: {options.export}, which nothing is executed of to read it")
 
 
 def as_text(figures: dict[str, float], published: bool) -> str:
-    """The figures of `measure`, one a line, each beside the published one, if there is one."""
+    """The figures of `measure`, one a line, each beside the published one, if there is one.
+
+    First comes the number of predictions that are not finite, if some are not.
+    """
     lines = {"perplexity": "perplexity {:.2f}", "parameters": "parameters {:.2f} M", "loss": "loss {:.4f} nats a word",
              "words_per_second": "{:.0f} words per second, one after another"}
     text = []
+    if bad := remark(figures["not_finite"], figures["words"]):
+        text.append(f"{bad}, so there is no loss")
     for name, line in lines.items():
         scale = 1e-6 if name == "parameters" else 1
         beside = f"published: {line.format(PUBLISHED[name] * scale)}" if published and name in PUBLISHED else ""

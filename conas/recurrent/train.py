@@ -1,4 +1,5 @@
 """Train a found recurrent cell from scratch: SGD, then averaged SGD, from the first batch to the best checkpoint."""
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,19 +30,21 @@ from conas.recurrent.steps import (
     Reader,
     Schedule,
     TextCourse,
-    evaluate,
     perplexity,
+    validate,
     validation_text,
     weight_optimizer,
     weight_step,
 )
 from conas.recurrent.text import Text, load_corpus
 from conas.runs import checkpoint as checkpoints
+from conas.runs.best import best_epoch, mend_best, require_best
 from conas.runs.folder import Run, best_checkpoint, folder_name
 from conas.runs.options import KeepOptions
 from conas.runs.progress import announce, resumed, tell_skipped
 from conas.runs.resume import Keeper, seed_generators
 
+LOWER = "a lower --lr or --clip under another --save name may help"
 SPREAD = 5.0  # words: standard deviation of the pieces' lengths
 
 
@@ -81,8 +84,9 @@ class Average:
 
 def should_average(losses: list[float], nonmono: int) -> bool:
     """Whether the validation loss has stopped to improve: the last is worse than the best, not counting the `nonmono`
-    before it (NT-ASGD, Merity et al., arXiv:1708.02182, algorithm 1)."""
-    *earlier, last = losses
+    before it (NT-ASGD, Merity et al., arXiv:1708.02182, algorithm 1). A loss that is not finite is worse than all
+    others."""
+    *earlier, last = (loss if math.isfinite(loss) else math.inf for loss in losses)
     return len(earlier) > nonmono and last > min(earlier[:-nonmono])
 
 
@@ -106,8 +110,13 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
             Keeper(run, keep.checkpoint_minutes) as keeper:
         metrics, begun, average = resume(keeper, network, optimizer, about)
         start = len(metrics)
+        with network_of(average):
+            mend_best(run, metrics, None if begun else checkpoints.describe(
+                network, space=space.name, epoch=start - 1, dataset=about, arguments=arguments,
+                primitives=module.PRIMITIVES))
         if start == sgd.epochs:
             run.log(f"{run.folder}: this training is finished; --save NAME starts another")
+            require_best(run, metrics, LOWER)
             return run.folder
         for note in corpus.notes:
             run.log(note)
@@ -142,11 +151,12 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
 
             kind = "SGD" if average is None else "ASGD"
             with keeper.calm(state), network_of(average):
-                valid_loss = evaluate(network, valid, text.bptt)
+                found = validate(network, valid, text.bptt)
             metrics.append({"epoch": epoch, "learning_rate": sgd.lr, "optimizer": kind, "train_loss": course.loss,
-                            "valid_loss": valid_loss} | course.remarks())
+                            "valid_loss": found.loss} | course.remarks() | found.remarks())
             run.log(f"epoch {epoch:3d}  {kind:4}  train {course.loss:.4f} perplexity {perplexity(course.loss):.2f}  "
-                    f"valid {valid_loss:.4f} perplexity {perplexity(valid_loss):.2f}  {course.rate:.0f} words/s")
+                    f"valid {found.loss:.4f} perplexity {perplexity(found.loss):.2f}{found.remark}  "
+                    f"{course.rate:.0f} words/s")
             if best_epoch(metrics) == epoch:
                 with network_of(average):
                     best = state()
@@ -158,7 +168,7 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
             keeper.save(state(average=average) | {"course": None})
             run.write_metrics(metrics)
         tell_skipped(run, metrics)
-        best = metrics[best_epoch(metrics)]
+        best = require_best(run, metrics, LOWER)
         run.log(f"best network: epoch {best['epoch']}, validation perplexity {perplexity(best['valid_loss']):.2f}: "
                 f"{best_checkpoint(run.folder)}")
         return run.folder
@@ -172,11 +182,6 @@ def network_of(average: Average | None) -> Iterator[None]:
     else:
         with average.in_place():
             yield
-
-
-def best_epoch(metrics: list[dict]) -> int:
-    """The first epoch with the lowest validation loss."""
-    return min(range(len(metrics)), key=lambda i: metrics[i]["valid_loss"])
 
 
 def resume(keeper: Keeper, network: RecurrentNetwork, optimizer: torch.optim.Optimizer, about: dict

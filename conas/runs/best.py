@@ -39,33 +39,42 @@ def require_best(run: Run, metrics: Sequence[dict], advice: str = LOWER) -> dict
     return metrics[best]
 
 
-def mend_best(run: Run, metrics: list[dict]) -> None:
+def mend_best(run: Run, metrics: list[dict], last: dict | None = None) -> None:
     """Put right a best.pt of an epoch whose predictions are NaN, as version 0.1.0 could write it.
 
     The best of those epochs whose checkpoints are on disk takes its place; better ones that are not on disk are marked
     as `lost` in the metrics. If none is left, best.pt goes. What was in it is kept as an ordinary checkpoint.
+    `last` is the checkpoint of the last epoch, for runs that keep it nowhere but in their state.
     """
     if all(_is_fit(row) or "not_finite" in row for row in metrics):  # that version did not count them
         return
 
+    def kept(epoch: int) -> dict | None:
+        own = run.path("checkpoints", epoch, ".pt")
+        if own.exists():
+            return checkpoints.load(own)
+        return last if epoch == len(metrics) - 1 else None
+
     def mend() -> list[int]:
         path, rows, lost = run.folder / "checkpoints" / "best.pt", [dict(row) for row in metrics], []
         wrong, best = checkpoints.load(path) if path.exists() else None, best_epoch(metrics)
-        if wrong and (wrong["epoch"] == best or wrong["epoch"] >= len(metrics)):  # that one is about to be done again
+        held, checkpoint = wrong and wrong["epoch"], None
+        if held is not None and held >= len(metrics):  # that one is about to be done again
             return []
-        if wrong:
-            checkpoints.save(run.path("checkpoints", wrong["epoch"], ".pt"), wrong)
-        while best is not None and not run.path("checkpoints", best, ".pt").exists():
+        while best is not None and best != held and (checkpoint := kept(best)) is None:
             rows[best]["lost"] = True
             lost.append(best)
             best = best_epoch(rows)
+        if best is not None and best == held:
+            return lost
+        if wrong:
+            checkpoints.save(run.path("checkpoints", held, ".pt"), wrong)
+            run.log(f"warning: {path} was of an epoch whose predictions are not all finite; it is now "
+                    f"{'gone, until an epoch has finite ones' if best is None else f'of epoch {best}'}")
         if best is None:
             path.unlink(missing_ok=True)
         else:
-            checkpoints.save(path, checkpoints.load(run.path("checkpoints", best, ".pt")))
-        if wrong or lost:
-            run.log(f"warning: {path} was of an epoch whose predictions are not all finite; it is now "
-                    f"{'gone, until an epoch has finite ones' if best is None else f'of epoch {best}'}")
+            checkpoints.save(path, checkpoint)
         return lost
 
     for epoch in distributed.from_first(mend):

@@ -175,9 +175,9 @@ def list_checkpoints(folder: Path) -> dict[int, Path]:
 def best_checkpoint(folder: Path) -> Path:
     """The network of a `train-` run that did best on its held-out images. Raises InputError if there is none."""
     path = folder / "checkpoints" / "best.pt"
-    if not path.exists() and any(path.parent.glob("epoch_*.pt")):
+    if not path.exists() and (folder / "metrics.jsonl").exists():
         raise InputError(f"{path}: no such checkpoint; if log.txt says that in no epoch were all predictions finite, "
-                         "train again with a lower --learning_rate under another --save name")
+                         "train again with a lower learning rate under another --save name")
     if not path.exists():
         raise InputError(f"{path}: no such checkpoint; start {_script(folder)} there first, or name another run "
                          "with --save")

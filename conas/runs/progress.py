@@ -129,11 +129,12 @@ def tell_skipped(run: Run, metrics: list[dict]) -> None:
         run.log(f"{skipped} steps were skipped, since their losses or gradients were not finite")
 
 
-def tell_not_finite(run: Run, metrics: list[dict]) -> None:
+def tell_not_finite(run: Run, metrics: list[dict], on: str = "the images for alphas", flag: str = "--learning_rate"
+                    ) -> None:
     """Say at the end of a search that its last network computes predictions that are not finite, if it does."""
     if metrics and metrics[-1].get("not_finite"):
-        run.log("warning: the last network's predictions on the images for alphas are not all finite, and cells that "
-                "it found may be as bad; search again with a lower --learning_rate under another --save name")
+        run.log(f"warning: the last network's predictions on {on} are not all finite, and cells that it found may be "
+                f"as bad; search again with a lower {flag} under another --save name")
 
 
 SHORTER = "--dataset digits with few --epochs, --layers and --init_channels is a matter of minutes"

@@ -6,6 +6,7 @@ wrong by every measure here: it has no order of classes that could be compared w
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -49,6 +50,24 @@ def mean_loss(logits: Tensor, labels: Tensor) -> float:
 def remark(not_finite: int, count: int) -> str:
     """What is to be said of `count` predictions of which so many are not finite; nothing if all are."""
     return f"{not_finite} of {count} predictions are not finite" if not_finite else ""
+
+
+class Validation(NamedTuple):
+    """Loss in nats, NaN if a prediction is not finite; how many of `count` are not; for images, accuracy in percent."""
+
+    loss: float
+    not_finite: int
+    count: int
+    top1: float | None = None
+
+    @property
+    def remark(self) -> str:
+        """For the line of an epoch: how many predictions are not finite, if some are not."""
+        return f"  ({remark(self.not_finite, self.count)})" if self.not_finite else ""
+
+    def remarks(self) -> dict:
+        """For the epoch's line of metrics: the number of predictions that are not finite, if some are not."""
+        return {"not_finite": self.not_finite} if self.not_finite else {}
 
 
 @dataclass

@@ -12,7 +12,7 @@ from ensemble.combine.committee import Committee
 from ensemble.measure.diversity import uncertainty
 from ensemble.measure.metrics import bin_numbers, confusion_matrix
 from ensemble.report import svg
-from ensemble.report.report import bounds_reached
+from ensemble.report.report import bounds_reached, left_out_lines
 from ensemble.report.search_history import Search
 from ensemble.report.sprites import choose, sprite
 
@@ -80,7 +80,8 @@ class Page:
         inside = "".join(f"<div><dt>{escape(a)}</dt><dd><strong>{b}</strong><small>{escape(c)}</small></dd></div>"
                          for a, b, c in tiles)
         return (f"<p>{count} members, combined by {escape(self.summary['combination'])}, epoch {self.last['epoch']}, "
-                f"{len(self.classes)} classes.</p><dl class=tiles>{inside}</dl>")
+                f"{len(self.classes)} classes.</p><dl class=tiles>{inside}</dl>"
+                + "".join(f"<p class=note>{escape(line)}.</p>" for line in left_out_lines(self.summary)))
 
     def members(self) -> str:
         columns = {"top-1 %": ("top1", ".2f"), "top-5 %": ("top5", ".2f"), "loss (nats)": ("loss", ".4f"),

@@ -122,15 +122,18 @@ def not_finite_lines(entries: Sequence[dict]) -> list[str]:
             f"{'the epoch' if e['split'] == 'test' else 'this candidate'} is left out" for e in entries]
 
 
+def left_out_lines(report: dict) -> list[str]:
+    """What is not part of the report's figures, and why: a line each."""
+    return [f"{name} also has epoch{'s' * (len(extra) > 1)} {span(extra)}: left out, since not all members have them"
+            for name, extra in report.get("left_out", {}).items()] + not_finite_lines(report.get("not_finite", ()))
+
+
 def as_text(report: dict) -> str:
     """The report for the terminal: the last epoch, what decided it and how sure it is, then all epochs if several."""
     epochs, last, classes = report["epochs"], report["epochs"][-1], len(report["classes"])
     lines = [f"Committee of {len(last['members'])} by {report['combination']}: {report['dataset']}, "
              f"{report['images']} test images, {classes} classes"]
-    lines += [f"{name} also has epoch{'s' * (len(extra) > 1)} {span(extra)}: left out, since not all members have them"
-              for name, extra in report["left_out"].items()]
-
-    lines += not_finite_lines(report["not_finite"])
+    lines += left_out_lines(report)
     columns = {"top-1 %": ("top1", ".2f"), "top-5 %": ("top5", ".2f"), "loss": ("loss", ".4f"),
                "Brier": ("brier", ".4f"), "ECE": ("ece", ".4f"), "adaptive ECE": ("adaptive_ece", ".4f")}
     if classes <= 5:  # the five best of five classes are always right
