@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from conas import cli, distributed
 from conas.cli import option
-from conas.commands.scoring import run_folder, scores_for_all
+from conas.commands.scoring import NothingHeldOut, run_folder, scores_for_all
 from conas.darts.space import Space, discover
 from conas.errors import InputError
 from conas.runs.folder import list_checkpoints
@@ -156,7 +156,8 @@ def try_fit(pool: Pool, ours: CommitteeOptions, options: TestOptions) -> Fit | N
     except InputError as error:
         if ours.combination in FITTED or ours.temperatures:
             raise
-        print(f"no held-out images, {without}: {error}\n")
+        reason = "no held-out images" if isinstance(error, NothingHeldOut) else "the held-out images were not scored"
+        print(f"{reason}, {without}: {error}\n")
         return None
     try:
         check_same_images(scores)

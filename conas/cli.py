@@ -16,14 +16,25 @@ import torch
 from conas import distributed
 from conas.errors import InputError, Stopped, one_line
 from conas.memory import keep_freed_memory
+from conas.places import absolute
 
 STOPPED = "stopped; start the same command again to go on from what was kept"
 
 
-def option(default, help: str, *, low=None, high=None, choices: Sequence[str] | None = None, even: bool = False):
-    """A dataclass field that is also a command-line flag. `low` and `high` are inclusive bounds."""
+def option(default, help: str, *, low=None, high=None, choices: Sequence[str] | None = None, even: bool = False,
+           path: str | None = None):
+    """A dataclass field that is also a command-line flag. `low` and `high` are inclusive bounds.
+
+    With `path`, a value that ends in it is a path, and is made absolute: "" for any value.
+    """
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices,
-                                                        "even": even})
+                                                        "even": even, "path": path})
+
+
+def path_flags(groups: Sequence[type]) -> dict[str, str]:
+    """The flags of dataclasses whose values are paths, each with the suffix that makes its value one."""
+    return {f"--{field.name}": field.metadata["path"] for group in groups for field in dataclasses.fields(group)
+            if field.metadata["path"] is not None}
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,7 +64,10 @@ def parse(description: str, groups: Sequence[type], argv: Sequence[str] | None =
         parser.error(f"{unknown[0]}: unknown flag" + (f"; did you mean {near[0]}?" if near else ""))
     for group in groups:
         for field in dataclasses.fields(group):
-            _check_range(field, getattr(values, field.name))
+            value, suffix = getattr(values, field.name), field.metadata["path"]
+            _check_range(field, value)
+            if value and suffix is not None and value.endswith(suffix):
+                setattr(values, field.name, absolute(value))
     return [group(**{f.name: getattr(values, f.name) for f in dataclasses.fields(group)}) for group in groups]
 
 

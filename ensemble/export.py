@@ -64,7 +64,7 @@ def test_images(network: CommitteeNetwork, data: str | None, count: int = 256) -
     of whose predictions are not finite.
     """
     info = network.dataset
-    images = load_images(Path(ABOUT), info, data, "test")
+    images = load_images(network.checkpoints[0], info, data, "test")
     chosen = torch.arange(min(count, len(images)))
     logits = torch.stack([predict(member, images, 100, torch.device("cpu"), chosen, crop=crop)
                           for member, crop in zip(network.networks, network.crops)])

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from conas.errors import InputError
 from conas.files import write_json
+from conas.places import find_data, remember_data
 from conas.recurrent.files import restore
 from conas.recurrent.model import LanguageModel, TextBatch
 from conas.recurrent.steps import perplexity, right_word_log_probabilities
@@ -25,7 +26,7 @@ def open_members(paths: Mapping[str, Path], data: str | None) -> tuple[dict[str,
 
     Raises InputError naming a member that was trained on another corpus than the first.
     """
-    members, first, about = {}, None, None
+    members, first, about, roots = {}, None, None, {}
     for name, path in paths.items():
         checkpoint = checkpoints.load(path)
         members[name] = restore(path, checkpoint)
@@ -34,10 +35,13 @@ def open_members(paths: Mapping[str, Path], data: str | None) -> tuple[dict[str,
         if checkpoint["dataset"]["fingerprint"] != about["fingerprint"]:
             raise InputError(f"{first} and {name} were trained on different texts, and cannot be combined; choose "
                              "other members with --members")
-    corpus = load_corpus(about["name"], data or about["root"])
+        roots[path] = checkpoint["dataset"]["root"]
+    corpus = load_corpus(about["name"], find_data(paths[first], about["root"], data))
     if corpus.fingerprint != about["fingerprint"]:
         raise InputError(f"{corpus.folder}: its text is not the one that the members were trained on; restore it, or "
                          "name another folder with --data")
+    for path, root in roots.items() if data else ():
+        remember_data(path.absolute().parent.parent, root, corpus.folder)
     return members, corpus
 
 

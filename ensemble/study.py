@@ -22,11 +22,13 @@ from tqdm import tqdm
 
 from conas import cli
 from conas.cli import option
+from conas.commands import search, train
 from conas.commands.scoring import scores_for
 from conas.darts.space import Space, discover
 from conas.data.images import DATASETS
 from conas.errors import InputError
 from conas.files import read_json, write_json
+from conas.places import absolute_words
 from conas.runs.checkpoint import load, restore
 from conas.runs.folder import FREE, folder_name, list_checkpoints, read_arguments
 from conas.runs.options import TestOptions
@@ -75,12 +77,15 @@ def plan(options: PlanOptions) -> dict:
         raise InputError(f"--size {options.size}: must be a multiple of the {len(spaces)} spaces, so that a mixed "
                          "committee has equally many members of each")
     save, runs = folder_name(options.save), []
+    # the commands run in the folders of the spaces, and not where the plan is written
+    flags, train_flags = (absolute_words(shlex.split(words), cli.path_flags(groups), *(ROOT / name for name in spaces))
+                          for words, groups in ((options.flags, search.GROUPS), (options.train_flags, train.GROUPS)))
     for seed in range(1, options.seeds + 1):  # seed by seed: a study that is cut short still has every space
         for space in spaces:
             own = ["--save", f"{save}-{seed}", "--seed", str(seed)]
-            commands = [[SCRIPTS["search"], *shlex.split(options.flags), *own]]
+            commands = [[SCRIPTS["search"], *flags, *own]]
             if options.stage == "train":
-                commands.append([SCRIPTS["train"], *shlex.split(options.train_flags), "--search", own[1], *own])
+                commands.append([SCRIPTS["train"], *train_flags, "--search", own[1], *own])
             runs.append({"space": space, "seed": seed, "save": own[1], "commands": commands})
     return {"format": "conas-study", "stage": options.stage, "size": options.size, "spaces": spaces,
             "seeds": list(range(1, options.seeds + 1)), "runs": runs}
@@ -277,9 +282,16 @@ def main(argv: list[str] | None = None) -> None:
         report(Path(file), options)
 
 
+def _with_absolute_paths(content: dict) -> dict:
+    """A plan as `plan` writes it; those of earlier versions have relative paths, seen from the folders of spaces."""
+    flags = cli.path_flags((*search.GROUPS, *train.GROUPS))
+    return content | {"runs": [run | {"commands": [absolute_words(command, flags, ROOT / run["space"])
+                                                   for command in run["commands"]]} for run in content["runs"]]}
+
+
 def write_plan(path: Path, content: dict) -> None:
     """Raises InputError instead of overwriting another plan."""
-    if path.exists() and read_plan(path) != content:
+    if path.exists() and _with_absolute_paths(read_plan(path)) != content:
         raise InputError(f"{path}: is another plan; give this one another name, or delete that")
     write_json(path, content)
     print(f"{len(content['runs'])} runs in {path}: python -m ensemble.study run {path}")

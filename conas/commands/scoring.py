@@ -19,6 +19,7 @@ from conas.data.splits import stratified_split
 from conas.engine.cuda_graph import ReplayedForward, capture
 from conas.engine.inference import prepared
 from conas.errors import InputError
+from conas.places import find_data, remember_data
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import folder_name
 from conas.runs.options import TestOptions
@@ -69,12 +70,12 @@ _load = lru_cache(maxsize=2)(load)  # all checkpoints of a run are tested on the
 def load_images(path: Path, about: dict, data: str | None, split: str, skip_bad_images: bool = False) -> ImageSet:
     """A split of the data set that the checkpoint at `path` describes; `data` is where it is now, if it was moved.
 
-    Raises InputError if it has other classes than the network knows, or if its training images have changed since,
-    where that matters: for the training split, and for test images that were set aside from the same folder.
+    If they are found no longer where the run had them, its folder then says where `data` is. Raises InputError if it
+    has other classes than the network knows, or if its training images have changed since, where that matters: for the
+    training split, and for test images that were set aside from the same folder.
     """
-    root = Path(data or about["root"]).expanduser()
-    if data is None and about["name"] != "digits" and not root.is_dir():
-        raise InputError(f"{path}: its images were in {root}, and there is no such folder; name theirs with --data")
+    alone = about["name"] == "digits"
+    root = Path(data or about["root"]) if alone else find_data(path, about["root"], data)
     skip = skip_bad_images or about.get("skip_bad_images", False)
     load_part = partial(_load, about["name"], root, image_size=about["image_size"], skip_bad_images=skip,
                         suffixes=_suffixes(about), resize=about.get("resize", "crop"),
@@ -89,6 +90,8 @@ def load_images(path: Path, about: dict, data: str | None, split: str, skip_bad_
             raise InputError(f"{root}: its training images have changed since {path} was trained on them (or another "
                              "version of Pillow decodes them), so nobody knows which images it has not seen; restore "
                              "them, or name their folder with --data")
+    if data and not alone:
+        remember_data(path.absolute().parent.parent, about["root"], root)
     return images
 
 
@@ -151,6 +154,10 @@ def scores_for_all(members: Iterable[tuple[Space, Path]], options: TestOptions, 
     return scores
 
 
+class NothingHeldOut(InputError):
+    """There are no images that a checkpoint's weights have certainly not seen."""
+
+
 class ScoringJob:
     """The scores of the checkpoint at `path` on a split: read, or computed and stored."""
 
@@ -175,7 +182,7 @@ class ScoringJob:
         self.network = checkpoints.restore(self.path, self.checkpoint, self.space.name, self.space.network)
         about = self.checkpoint["dataset"]
         if self.split == "valid" and not {"train_portion", "split_seed"} <= about.keys():
-            raise InputError(f"{self.path}: does not say which training images were held out; train again")
+            raise NothingHeldOut(f"{self.path}: does not say which training images were held out; train again")
         self.images = distributed.in_turn(
             lambda: load_images(self.path, about, options.data, "test" if self.split == "test" else "train",
                                 options.skip_bad_images))
@@ -184,8 +191,8 @@ class ScoringJob:
             portions = [about["train_portion"], 1 - about["train_portion"]]
             self.indices = stratified_split(self.images.labels, portions, about["split_seed"])[1]
             if len(self.indices) == 0:
-                raise InputError(f"{self.path}: its weights have seen all training images; train with --valid_portion "
-                                 "above 0")
+                raise NothingHeldOut(f"{self.path}: its weights have seen all training images; train with "
+                                     "--valid_portion above 0")
             digest = hashlib.sha256(self.fingerprint.encode() + self.indices.numpy().tobytes())
             self.fingerprint = digest.hexdigest()
         return id(self.images), self.crop, self.fingerprint

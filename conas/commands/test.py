@@ -20,6 +20,7 @@ from conas.data import imagenet_augment as photographs
 from conas.data.imagefiles import RESIZES
 from conas.data.images import DATASETS, ImageSet, load
 from conas.errors import InputError
+from conas.places import find_data
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import best_checkpoint, folder_name
 from conas.runs.options import RECIPES, ROOT, ModelOptions, TestOptions
@@ -30,7 +31,7 @@ from conas.runs.scores import finite_rows, mean_loss, remark, topk_accuracy
 class PublishedOptions:
     """network in a file of DARTS' own code; the checkpoints of train.py describe theirs"""
 
-    arch: str = option("DARTS", "the cells: a published name, or a file NAME.json")
+    arch: str = option("DARTS", "the cells: a published name, or a file NAME.json", path=".json")
     auxiliary: bool = option(False, "the network has an auxiliary head")
     init_channels: int | None = option(None, "channels of the first cells (default: the paper's)", low=2, high=1024,
                                        even=True)
@@ -172,5 +173,8 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
         raise InputError(f"--export {model.export}: not written, since "
                          f"{remark(figures['not_finite'], figures['images'])}; name another network with --model_path")
     if model.export and distributed.rank() == 0:
+        about = checkpoint["dataset"]
+        if about["name"] != "digits":  # the file may go elsewhere
+            checkpoint["dataset"] = about | {"root": str(find_data(path, about["root"], options.data))}
         checkpoints.export(model.export, checkpoint)
         print(f"written: {model.export}")

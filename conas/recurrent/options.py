@@ -13,7 +13,8 @@ class TextOptions:
 
     dataset: str = option("penn", "the corpus: a folder in --data; gospels comes with the project",
                           choices=list(CORPORA))
-    data: str = option(str(ROOT / "data"), "where corpora are, or the folder of one: train.txt, valid.txt, test.txt")
+    data: str = option(str(ROOT / "data"), "where corpora are, or the folder of one: train.txt, valid.txt, test.txt",
+                       path="")
     bptt: int = option(35, "words between two steps; now and then half as many", low=1, high=10_000)
 
 
@@ -32,7 +33,7 @@ class TrainUnitOptions(UnitOptions):
 
     nhid: int = option(850, "units of the cell, and of the words' vectors", low=1, high=10_000)
     arch: str | None = option(None, "the cell: a name in genotypes.py, or a file NAME.json (default: what the last "
-                              "search found; without one, DARTS)")
+                              "search found; without one, DARTS)", path=".json")
     search: str = option("EXP", "name of the search whose cell is trained")
 
 
@@ -102,14 +103,14 @@ class LanguageTestOptions:
     """which network, on which text"""
 
     model_path: str | None = option(None, "checkpoint, .safetensors file, or the published ptb_model.pt (default: the "
-                                    "best network of the run)")
+                                    "best network of the run)", path="")
     save: str = option("EXP", "name of the run: its folder is train-NAME")
     dataset: str | None = option(None, "the corpus (default: the one it was trained on; penn for a published file)",
                                  choices=list(CORPORA))
-    data: str | None = option(None, "where corpora are, or the folder of one, if not where training had it")
+    data: str | None = option(None, "where corpora are, or the folder of one, if not where training had it", path="")
     bptt: int = option(35, "words at a time; changes memory and not the result", low=1, high=10_000)
     export: str | None = option(None, "write the network to this file, NAME.pt or NAME.safetensors, which nothing is "
-                                "executed of to read it")
+                                "executed of to read it", path="")
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
 
 

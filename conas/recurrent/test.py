@@ -7,6 +7,7 @@ from conas.cli import find_device, parse
 from conas.darts.derived import count_parameters
 from conas.darts.space import Space
 from conas.errors import InputError
+from conas.places import find_data, remember_data
 from conas.recurrent import genotype as genotypes
 from conas.recurrent.files import restore
 from conas.recurrent.genotype import Genotype
@@ -91,11 +92,14 @@ def main(folder: Path, supernet: type[RecurrentSupernet], module, description: s
         checkpoint = checkpoints.load(path)
         network = restore(path, checkpoint, supernet)
         known = checkpoint["dataset"]
-        corpus = load_corpus(options.dataset or known["name"], options.data or known["root"])
+        corpus = load_corpus(options.dataset or known["name"], find_data(path, known["root"], options.data))
         print(f"{path}: {checkpoint['space']}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")
         if list(corpus.words) != known["classes"]:
             raise InputError(f"{path}: was trained on other words than those of {corpus.folder / 'train.txt'}; name "
                              "its text with --data")
+        if options.data and corpus.fingerprint == known["fingerprint"]:
+            remember_data(path.absolute().parent.parent, known["root"], corpus.folder)
+        checkpoint["dataset"] = known | {"root": str(corpus.folder)}
     if len(corpus.words) != network.arguments["words"]:
         raise InputError(f"{path}: knows {network.arguments['words']} words, but {corpus.folder / 'train.txt'} has "
                          f"{len(corpus.words)}; name its text with --data")

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from conas.errors import InputError
 from conas.files import check_regular
+from conas.places import absolute
 
 EOS, UNKNOWN = "<eos>", "<unk>"
 SPLITS = ("train", "valid", "test")
@@ -73,7 +74,7 @@ def load_corpus(name: str, data: str | Path) -> Corpus:
     Raises InputError naming the file for one that is missing, empty or not UTF-8, and for unknown words in the
     validation and test texts of a corpus without <unk>.
     """
-    folder = Path(data)
+    folder = Path(absolute(str(data)))
     if (folder / "train.txt").exists():
         name = folder.resolve().name
     else:

@@ -2,6 +2,7 @@
 
     search-EXP/                                     of train_search.py; train-EXP/ is of train.py
         args.json  log.txt  metrics.jsonl           arguments, what was printed, one line of numbers an epoch
+        moved.json                                  where its data are, if they have moved: conas/places.py
         checkpoints/epoch_000.pt ...                networks by epoch
         resume.pt  resume.before.pt                 all that the next step needs, and the same of some minutes earlier
         checkpoints/best.pt                         train-EXP: the network that did best on the held-out images
@@ -22,6 +23,7 @@ from conas.data.images import DATASETS
 from conas.data.listing import EARLIER, readable_suffixes
 from conas.errors import InputError
 from conas.files import TEMPORARY, read_json, write_json, write_text
+from conas.places import moved_along, note_folder, same
 
 # Where and how fast a run computes is free to change between two starts; what it computes is not. Which images
 # these are, their fingerprint tells, and not a flag.
@@ -29,6 +31,7 @@ FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "comp
         "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images", "checkpoint_cells", "cuda_graph", "engine",
         "suffixes", "follow_links"}
 OF_A_MACHINE = {"data", "workers"}  # may differ between processes that compute one run together
+PATHS = {"arch", "init_from"}       # one place has several spellings, and others on other machines
 
 
 class Run:
@@ -45,7 +48,8 @@ class Run:
         self._lock = FileLock(folder / ".lock")
 
     def __enter__(self) -> "Run":
-        distributed.check_equal("flags", {k: v for k, v in self.arguments.items() if k not in OF_A_MACHINE})
+        distributed.check_equal("flags", {k: Path(v).name if k in PATHS and v else v
+                                          for k, v in self.arguments.items() if k not in OF_A_MACHINE})
         with distributed.together():
             if distributed.rank() == 0:
                 self._take()
@@ -72,10 +76,12 @@ class Run:
         path = folder / "args.json"
         if path.exists():
             _compare(folder, read_arguments(folder), arguments)
+            note_folder(folder)
         elif folder.is_dir() and any(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
             raise InputError(f"{folder}: is not empty and holds no run; give --save another name, or move it away")
         else:
-            write_json(path, {"version": conas.__version__, "arguments": arguments})
+            write_json(path, {"version": conas.__version__, "folders": [str(folder.absolute())],
+                              "arguments": arguments})
         for unfinished in folder.rglob(TEMPORARY):  # of a process that was killed while it wrote
             unfinished.unlink()
 
@@ -156,10 +162,16 @@ def suffixes_of(folder: Path) -> list[str]:
 
 def _compare(folder: Path, before: dict, now: dict) -> None:
     differ = [f"--{name} {before.get(name)} (now {now.get(name)})" for name in sorted(before.keys() | now.keys())
-              if name not in FREE and before.get(name) != now.get(name)]
+              if name not in FREE and not _is_same(folder, name, before.get(name), now.get(name))]
     if differ:
         raise InputError(f"{folder}: holds a run with {', '.join(differ)}; start it with those arguments to go on, "
                          "or give --save another name")
+
+
+def _is_same(folder: Path, name: str, before: object, now: object) -> bool:
+    if before == now or name not in PATHS or not (isinstance(before, str) and isinstance(now, str)):
+        return before == now
+    return same(before, now, folder.parent, folder.parent.parent) or Path(now) in moved_along(folder, before)
 
 
 def list_checkpoints(folder: Path) -> dict[int, Path]:

@@ -19,7 +19,7 @@ class DataOptions:
 
     dataset: str = option("cifar10", "the images", choices=sorted(DATASETS))
     data: str = option(str(ROOT / "data"), "where data sets are kept or downloaded to; for --dataset folder, "
-                       "the folder of class folders")
+                       "the folder of class folders", path="")
     image_size: int | None = option(None, "resize images to this many pixels (default: the data set's own: 224 for "
                                     "imagenet, 32 for other photographs)", low=8, high=1024)
     resize: str = option("crop", "how images that are not square become so: their central square, black bars on both "
@@ -166,7 +166,7 @@ class NetworkOptions:
     """network"""
 
     arch: str | None = option(None, "the cells: a published name, a name in genotypes.py, or a file NAME.json "
-                              "(default: what this space's last search found)")
+                              "(default: what this space's last search found)", path=".json")
     search: str = option("EXP", "name of the search whose cells are trained")
     any_ops: bool = option(False, "let --arch use operations that this space does not search over")
     recipe: str | None = option(None, "network and defaults of the paper's experiments with small images, or with "
@@ -178,7 +178,7 @@ class NetworkOptions:
     auxiliary: bool = option(False, "a second classifier at two thirds of the depth, for training only")
     auxiliary_weight: float = option(0.4, "of its loss", low=0.0)
     init_from: str | None = option(None, "begin with the weights of this checkpoint, .safetensors or published file; "
-                                   "without --arch, also with its cells")
+                                   "without --arch, also with its cells", path="")
 
 
 @dataclass
@@ -229,8 +229,10 @@ class TrainRunOptions:
 class ModelOptions:
     """network"""
 
-    model_path: str | None = option(None, "checkpoint or .safetensors file (default: the best network of the run)")
-    export: str | None = option(None, "write its weights, with all that describes them, to this file NAME.safetensors")
+    model_path: str | None = option(None, "checkpoint or .safetensors file (default: the best network of the run)",
+                                    path="")
+    export: str | None = option(None, "write its weights, with all that describes them, to this file NAME.safetensors",
+                                path="")
 
 
 STAGES = {"search": "supernets of the search", "train": "retrained networks"}
@@ -251,7 +253,7 @@ class TestOptions:
     __test__ = False  # not a pytest class
 
     save: str = option("EXP", "name of the run: its folder is search-NAME or train-NAME")
-    data: str | None = option(None, "where the data set is, if it is no longer where the run had it")
+    data: str | None = option(None, "where the data set is, if it is no longer where the run had it", path="")
     batch_size: int = option(256, "images in a batch", low=1)
     workers: int = option(2, "processes that decode images, for data sets too large for memory", low=0, high=256)
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")

@@ -23,6 +23,7 @@ import torch
 from conas import distributed
 from conas.errors import InputError, Stopped
 from conas.files import write_json
+from conas.places import remember_data
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run
 
@@ -72,6 +73,7 @@ class Keeper:
         if state["dataset"]["fingerprint"] != about["fingerprint"]:
             raise InputError(f"{self.path}: the training images have changed since this run began; restore them, "
                              "or give --save another name")
+        remember_data(self.run.folder, state["dataset"]["root"], about["root"])
         return state
 
     def _read(self) -> dict | None:

@@ -25,7 +25,8 @@ from ensemble.report.read_report import read_report
 class CommitteeNetwork(nn.Module):
     """Networks, which may not change any more, and their combination: that of `ensemble.combine.committee.Committee`.
 
-    `dataset` is what the members' checkpoints say of their images, `names` are the M names; `crops` are the sides of
+    `dataset` is what the members' checkpoints say of their images, `names` are the M names, `checkpoints` their paths
+    if the committee was read from some; `crops` are the sides of
     the central squares that members look at, None for all of the image. The other arguments are those of Committee,
     but `combination` may also be the name of a fitted rule.
     """
@@ -36,6 +37,7 @@ class CommitteeNetwork(nn.Module):
         super().__init__()
         self.networks, self.names, self.dataset = nn.ModuleList(map(prepared, networks)), list(names), dataset
         self.combination, self.temperature, self.crops = combination, temperature, list(crops)
+        self.checkpoints: list[Path] = []
         self.weights = torch.tensor(weights, dtype=torch.float64)  # no buffers: not all devices have float64
         self.temperatures = torch.tensor(temperatures, dtype=torch.float64)
         for name, moments in zip(("mean", "std"), DATASETS[dataset["name"]].moments("cpu")):
@@ -102,6 +104,8 @@ def load_committee(root: Path, save: str) -> CommitteeNetwork:
             if dataset.get(key, before) != datasets[0].get(key, before):  # what there was before the flag
                 raise InputError(f"{path}: {name} and {files[0][0]} have different {key}; start test_ensemble.py again "
                                  "with members of one data set")
-    return CommitteeNetwork(networks, [name for name, *_ in files], datasets[0], combination, weights=weights,
-                            temperatures=temperatures, temperature=temperature,
-                            crops=[dataset.get("crop") for dataset in datasets])
+    network = CommitteeNetwork(networks, [name for name, *_ in files], datasets[0], combination, weights=weights,
+                               temperatures=temperatures, temperature=temperature,
+                               crops=[dataset.get("crop") for dataset in datasets])
+    network.checkpoints = [file for _, _, file, _ in files]
+    return network

@@ -18,6 +18,7 @@ from conas.data.images import ImageSet
 from conas.engine.inference import prepared
 from conas.errors import InputError
 from conas.files import check_regular
+from conas.places import find_data
 from conas.runs import checkpoint as checkpoints
 from conas.runs.options import TestOptions
 from conas.runs.scores import Scores, load_scores, save_scores
@@ -100,7 +101,7 @@ def measure_shift(pool: Mapping[str, tuple[Space, Path]], committee: Committee, 
         if [other["image_size"], other.get("resize", "crop")] != [about["image_size"], about.get("resize", "crop")]:
             raise InputError(f"--shift: {name} takes images of another size than the first member, or made square in "
                              "another way; leave it out")
-    source = find_source(images, Path(options.data or about["root"]))
+    source = find_source(images, find_data(path, about["root"], options.data))
 
     curves = {name: {} for name in [*members, "committee"]}
     for corruption in tqdm(source.names, desc="corruptions", leave=False, disable=distributed.quiet()):

@@ -210,6 +210,6 @@ def test_a_run_that_skipped_bad_images_is_tested_alike(spoilt):
 
 def test_a_data_folder_that_is_gone_is_named_and_not_made(tmp_path):
     says = {"name": "cifar10", "root": str(tmp_path / "gone"), "image_size": 32, "subset": None, "classes": ["a"]}
-    with pytest.raises(InputError, match=r"best\.pt: its images were in .*gone, and there is no such folder.*--data"):
+    with pytest.raises(InputError, match=r"best\.pt: its data were in .*gone, and there is no such folder.*--data"):
         load_images(Path("best.pt"), says, None, "test")
     assert not (tmp_path / "gone").exists()

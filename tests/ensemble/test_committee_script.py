@@ -167,7 +167,7 @@ def test_without_held_out_images_plain_rules_go_on_and_fitted_ones_do_not(root, 
         add_run(root, n, [0], held_out=False)
     code, out, _ = start(monkeypatch, capsys)
     assert code == 0
-    assert "no held-out images" in out and "the best member of this epoch" in out
+    assert "the held-out images were not scored" in out and "the best member of this epoch" in out
     assert result(root)["held_out"] is None
     for flags in (["--combination", "greedy"], ["--temperatures", "members"]):
         code, _, err = start(monkeypatch, capsys, *flags)

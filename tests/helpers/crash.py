@@ -115,9 +115,12 @@ def in_child(work: Callable[[], object], fatal: int | None = None) -> tuple[int,
 
 
 def everything(folder: Path) -> dict[str, object]:
-    """What a run has left, by file: tensors and texts. Logs say when a run was started again, and are left out."""
-    texts = {str(path.relative_to(folder)): path.read_text() for pattern in ("*.json", "*.jsonl", "genotypes/*")
-             for path in folder.glob(pattern)}
+    """What a run has left, by file: tensors and texts. Logs say when a run was started again, and are left out.
+
+    Its own folder, which args.json names, is FOLDER.
+    """
+    texts = {str(path.relative_to(folder)): path.read_text().replace(str(folder), "FOLDER")
+             for pattern in ("*.json", "*.jsonl", "genotypes/*") for path in folder.glob(pattern)}
     tensors = {str(path.relative_to(folder)): load(path) for pattern in ("*.pt", "checkpoints/*")
                for path in folder.glob(pattern)}
     # the state before the last differs in the time that it took, and where the clock was when it was written
