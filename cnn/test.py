@@ -15,4 +15,6 @@ from conas.commands import test as measure
 PAPER = measure.Published("cifar", "cifar10", {"top1_error": 2.63, "parameters": 3.3e6})
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: measure.main(HERE, None, __doc__, PAPER)))
+    import genotypes
+
+    sys.exit(cli.run(lambda: measure.main(HERE, None, __doc__, PAPER, module=genotypes)))

@@ -16,4 +16,6 @@ PAPER = measure.Published("imagenet", "imagenet", {"top1_error": 26.7, "top5_err
                           images=50_000, classes=1000)
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: measure.main(HERE, None, __doc__, PAPER)))
+    import genotypes
+
+    sys.exit(cli.run(lambda: measure.main(HERE, None, __doc__, PAPER, module=genotypes)))

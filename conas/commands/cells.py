@@ -21,15 +21,15 @@ from conas.runs.options import PHOTOGRAPHS, RECIPES, DataOptions, NetworkOptions
 REPLACEABLE = ("stem.0.", "classifier.", "auxiliary_head.")  # what depends on image channels, classes and --auxiliary
 
 
-def named_genotypes(module) -> dict[str, Genotype]:
-    """The published genotypes and those of a `genotypes.py`, by name; its own win."""
-    return GENOTYPES | {name: value for name, value in vars(module).items() if isinstance(value, Genotype)}
+def named_genotypes(module) -> dict[str, object]:
+    """The published genotypes and what a `genotypes.py` has that may be some, by name; its own win."""
+    return GENOTYPES | genotypes.may_be_genotypes(module)
 
 
-def find_genotype(arch: str, named: Mapping[str, Genotype]) -> Genotype:
+def find_genotype(arch: str, named: Mapping[str, object]) -> Genotype:
     """The genotype that `--arch` means. Raises InputError, with names that are near, if there is none."""
     if arch in named:
-        return genotypes.check(named[arch], f"--arch {arch}", OPERATIONS)
+        return genotypes.from_object(named[arch], f"--arch {arch}", OPERATIONS)
     if arch.endswith(".json"):
         return genotypes.load(arch, OPERATIONS)
     by_lower = {name.lower(): name for name in named}
@@ -78,7 +78,7 @@ def open_origin(path: str) -> Origin:
     return Origin(path, checkpoint["state"], checkpoint)
 
 
-def choose_cells(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype], shape: NetworkOptions,
+def choose_cells(space: Space, primitives: Sequence[str], named: Mapping[str, object], shape: NetworkOptions,
                  origin: Origin | None) -> tuple[Genotype, str]:
     """The cells to train, and where they come from in words. Raises InputError for those that may not be trained."""
     there = origin.genotype if origin else None

@@ -118,10 +118,11 @@ def as_text(figures: Mapping[str, float], published: Mapping[str, float]) -> str
 
 
 def open_published(path: str | Path, content: object, published: Published, options: PublishedOptions, data: str | None,
-                   skip_bad_images: bool = False) -> tuple[DerivedNetwork, ImageSet, int | None]:
+                   skip_bad_images: bool = False, named: Mapping[str, object] = GENOTYPES
+                   ) -> tuple[DerivedNetwork, ImageSet, int | None]:
     """Network, test images and crop for a file of DARTS' code. Raises InputError if they do not fit together."""
     state = checkpoints.published_state(path, content)
-    genotype = arch.find_genotype(options.arch, GENOTYPES)
+    genotype = arch.find_genotype(options.arch, named)
     dataset = options.dataset or published.dataset
     size = options.image_size or DATASETS[dataset].image_size
     crop = size if published.recipe == "imagenet" else None
@@ -143,8 +144,11 @@ def open_published(path: str | Path, content: object, published: Published, opti
 
 
 def main(folder: Path, network_class: type[Supernet] | None, description: str, published: Published | None = None,
-         argv: list[str] | None = None) -> None:
-    """The command `python test.py` of `folder`; with `published`, it also takes files of DARTS' code."""
+         argv: list[str] | None = None, module=None) -> None:
+    """The command `python test.py` of `folder`; with `published`, it also takes files of DARTS' code.
+
+    Then `module` is the folder's `genotypes.py`, which has names for --arch.
+    """
     groups = [ModelOptions, TestOptions, *([PublishedOptions] if published else [])]
     model, options, *published_options = parse(description, groups, argv)
     space = Space(folder.name, folder, network_class)
@@ -154,7 +158,8 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
         if model.export:
             raise InputError(f"--export: {path} says nothing of its images and training, as checkpoints of train.py do")
         network, images, crop = open_published(path, content, published, *published_options, options.data,
-                                               options.skip_bad_images)
+                                               options.skip_bad_images,
+                                               arch.named_genotypes(module) if module else GENOTYPES)
         print(f"{path}: a state_dict, of the network that --arch and the flags beside it describe")
         if unlike := differences(published, network, images):
             print(f"the paper's figures are left out, since they are of {'; '.join(unlike)}")

@@ -15,7 +15,7 @@ from conas.commands.scoring import validate
 from conas.darts import genotype as genotypes
 from conas.darts.batchnorm import use_exact_sums
 from conas.darts.derived import DerivedNetwork, count_parameters
-from conas.darts.genotype import Genotype
+from conas.darts.operations import OPERATIONS
 from conas.darts.space import Space
 from conas.data import imagenet_augment as photographs
 from conas.data.batches import Stream
@@ -44,7 +44,7 @@ from conas.runs.scores import is_right
 GROUPS = (DataOptions, NetworkOptions, RecipeOptions, HeldOutOptions, TrainRunOptions, KeepOptions, ProcessOptions)
 
 
-def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype], data: DataOptions,
+def train(space: Space, primitives: Sequence[str], named: Mapping[str, object], data: DataOptions,
           shape: NetworkOptions, recipe: RecipeOptions, held_out: HeldOutOptions, options: TrainRunOptions,
           keep: KeepOptions, processes: ProcessOptions) -> Path:
     """Run or continue one training and return its folder. `named` are the genotypes that --arch knows by name.
@@ -245,4 +245,5 @@ def main(folder: Path, module, description: str, default: str | None = None, arg
     data, shape, *rest = parse(description, GROUPS, argv)
     if shape.arch is None and not shape.init_from:
         shape = replace(shape, arch=default)
-    train(Space(folder.name, folder), tuple(module.PRIMITIVES), arch.named_genotypes(module), data, shape, *rest)
+    primitives = tuple(getattr(module, "PRIMITIVES", OPERATIONS))
+    train(Space(folder.name, folder), primitives, arch.named_genotypes(module), data, shape, *rest)

@@ -3,8 +3,11 @@
 A cell has 2 inputs (states 0 and 1) and NODES intermediate nodes (states 2, 3, ...). Node n sums operations
 on edges from earlier states; the cell's output concatenates the nodes. See DARTS, arXiv:1806.09055, section 2.4.
 """
-from collections.abc import Collection, Sequence
+import dataclasses
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import ModuleType, NoneType
 from typing import NamedTuple
 
 import torch
@@ -20,16 +23,38 @@ EDGES = sum(2 + node for node in range(NODES))  # 14: every node hears all earli
 Edge = tuple[str, int]  # operation, source state
 
 
-class Genotype(NamedTuple):
+class _Cells(NamedTuple):
+    normal: list[Edge]
+    normal_concat: Sequence[int]
+    reduce: list[Edge]
+    reduce_concat: Sequence[int]
+
+
+class Misfit:
+    """What `Genotype(...)` gives for other fields than its own, as lines of other projects have: refused when used."""
+
+    def __init__(self, *values, **fields):
+        self.values, self.fields = values, fields
+
+    @classmethod
+    def or_tuple(cls, kind: type, values: tuple, fields: dict):
+        """A new `kind`, a named tuple, or a Misfit if its fields are others."""
+        names = kind._fields
+        if len(values) <= len(names) and set(fields) == set(names[len(values):]):
+            return tuple.__new__(kind, (*values, *(fields[name] for name in names[len(values):])))
+        return cls(*values, **fields)
+
+
+class Genotype(_Cells):
     """Two cells. Entries 2n and 2n+1 of `normal` and `reduce` are the (operation, source) pairs of node n.
 
     `str(genotype)` is the line that DARTS prints and that a `genotypes.py` takes as it is.
     """
 
-    normal: list[Edge]
-    normal_concat: Sequence[int]
-    reduce: list[Edge]
-    reduce_concat: Sequence[int]
+    __slots__ = ()
+
+    def __new__(cls, *values, **fields):
+        return Misfit.or_tuple(cls, values, fields)
 
 
 def strongest(alphas: Tensor, primitives: Sequence[str]) -> tuple[Tensor, Tensor]:
@@ -107,13 +132,67 @@ def from_json(obj, where: str, operations: Collection[str]) -> Genotype:
     for name, value in obj.items():
         concat = name.endswith("_concat")
         right = is_index if concat else is_edge
-        if not isinstance(value, list) or not all(right(item) for item in value):
+        if wrong := first_wrong(value, right):
             item = "state numbers" if concat else "[operation, state number] pairs"
-            raise InputError(f"{where}: {name} must be a list of {item}")
+            raise InputError(f"{where}: {name} must be a list of {item}, {wrong}")
         fields[name] = value if concat else [(operation, source) for operation, source in value]
     if fields["normal_concat"] == fields["reduce_concat"] == list(range(2, 2 + NODES)):
         fields |= {name: range(2, 2 + NODES) for name in ("normal_concat", "reduce_concat")}  # prints as DARTS does
     return check(Genotype(**fields), where, operations)
+
+
+def first_wrong(value: object, right: Callable[[object], bool]) -> str:
+    """In words, what keeps a value from being a list of right items; nothing if it is one."""
+    if not isinstance(value, list):
+        return f"and not {value!r:.60}"
+    return next((f"and its item {i} is {item!r:.60}" for i, item in enumerate(value) if not right(item)), "")
+
+
+def from_object(value: object, where: str, operations: Collection[str]) -> Genotype:
+    """The checked genotype in an object with its four fields, such as another project's named tuple or class.
+
+    Raises InputError, which says what the object is and what is expected.
+    """
+    return from_json(plain_fields(value, Genotype, where), where, operations)
+
+
+def plain_fields(value: object, kind: type, where: str) -> dict:
+    """The fields of a genotype of whatever class as lists, texts and numbers, by the names of `kind`, a named tuple."""
+    names = kind._fields
+    if isinstance(value, Misfit):
+        given = {str(i): v for i, v in enumerate(value.values)} | value.fields
+    elif isinstance(value, Mapping):
+        given = dict(value)
+    elif hasattr(value, "_asdict") and not isinstance(value, type):
+        given = value._asdict()
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        given = vars(value)
+    else:
+        given = {name: getattr(value, name) for name in names if hasattr(value, name)}
+    if set(given) != set(names):
+        what = f"a {type(value).__name__}" if not isinstance(value, Misfit) else "a genotype"
+        held = f" with {len(given)} fields, {', '.join(map(str, given))}" if given else ""
+        raise InputError(f"{where}: is {what}{held}, and cannot be read; expected is one with the {len(names)} fields "
+                         f"{', '.join(names)}")
+    return {name: _plain(given[name]) for name in names}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Sequence) and not isinstance(value, str):
+        return [_plain(item) for item in value]
+    try:
+        return operator.index(value)  # NumPy's integers too
+    except TypeError:
+        return value
+
+
+def may_be_genotypes(module) -> dict[str, object]:
+    """What a `genotypes.py` defines besides modules, classes, functions, numbers, texts and lists of texts, by name."""
+    return {name: value for name, value in vars(module).items() if not name.startswith("_") and not (
+        isinstance(value, (ModuleType, str, int, float, NoneType))
+        or (callable(value) and not (hasattr(value, "normal") or hasattr(value, "recurrent")))
+        or (isinstance(value, type) and hasattr(value, "_fields"))  # the named tuple itself
+        or (isinstance(value, Sequence) and not hasattr(value, "_fields") and all(isinstance(v, str) for v in value)))}
 
 
 def is_index(item) -> bool:

@@ -3,6 +3,7 @@ import difflib
 from collections.abc import Mapping
 from pathlib import Path
 
+from conas.darts.genotype import may_be_genotypes
 from conas.darts.space import Space
 from conas.errors import InputError
 from conas.recurrent import genotype as genotypes
@@ -28,22 +29,24 @@ def restore(path: str | Path, checkpoint: dict, supernet: type[RecurrentSupernet
     raise InputError(f"{path}: holds no language model of this folder; its train.py writes those")
 
 
-def named_genotypes(module) -> dict[str, Genotype]:
-    """The cells of a `genotypes.py`, by name."""
-    return {name: value for name, value in vars(module).items() if isinstance(value, Genotype)}
+def named_genotypes(module) -> dict[str, object]:
+    """The cells of a `genotypes.py`, and what else in it may be some, by name."""
+    return may_be_genotypes(module)
 
 
-def find_cell(arch: str, named: Mapping[str, Genotype]) -> Genotype:
+def find_cell(arch: str, named: Mapping[str, object]) -> Genotype:
     """The cell that `--arch` means. Raises InputError, with a name that is near, if there is none."""
     if arch in named:
-        return genotypes.check(named[arch], f"--arch {arch}")
+        return genotypes.from_object(named[arch], f"--arch {arch}")
     if arch.endswith(".json"):
         return genotypes.load(arch)
-    near = difflib.get_close_matches(arch.upper(), named, 2, 0.5) or sorted(named)
-    raise InputError(f"--arch {arch}: unknown; did you mean {' or '.join(near)}? A file must end in .json")
+    by_upper = {name.upper(): name for name in named}
+    near = [by_upper[name] for name in difflib.get_close_matches(arch.upper(), by_upper, 2, 0.5)] or sorted(named)
+    meant = f"did you mean {' or '.join(near)}?" if near else "genotypes.py names no cells."
+    raise InputError(f"--arch {arch}: unknown; {meant} A file must end in .json")
 
 
-def choose_cell(space: Space, named: Mapping[str, Genotype], options: TrainUnitOptions) -> tuple[Genotype, str]:
+def choose_cell(space: Space, named: Mapping[str, object], options: TrainUnitOptions) -> tuple[Genotype, str]:
     """The cell that a training takes, and where it is from: --arch, else the search's, else DARTS'."""
     if options.arch is not None:
         return find_cell(options.arch, named), options.arch

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from conas.darts.genotype import is_edge, is_index, strongest
+from conas.darts.genotype import Misfit, first_wrong, is_edge, is_index, plain_fields, strongest
 from conas.errors import InputError
 from conas.files import read_json
 
@@ -20,11 +20,18 @@ EDGES = STEPS * (STEPS + 1) // 2  # 36: every step may follow any earlier state
 ACTIVATIONS = {"tanh": torch.tanh, "relu": torch.relu, "sigmoid": torch.sigmoid, "identity": lambda x: x}
 
 
-class Genotype(NamedTuple):
-    """One cell. Entry i of `recurrent` is (activation, source state) of step i, which makes state i + 1."""
-
+class _Cell(NamedTuple):
     recurrent: list[tuple[str, int]]
     concat: Sequence[int]
+
+
+class Genotype(_Cell):
+    """One cell. Entry i of `recurrent` is (activation, source state) of step i, which makes state i + 1."""
+
+    __slots__ = ()
+
+    def __new__(cls, *values, **fields):
+        return Misfit.or_tuple(cls, values, fields)
 
 
 def derive(alphas: Tensor, primitives: Sequence[str]) -> Genotype:
@@ -60,12 +67,17 @@ def from_json(obj, where: str, activations: Collection[str] = ACTIVATIONS) -> Ge
         raise InputError(f"{where}: a recurrent genotype is a JSON object with exactly the keys recurrent and concat")
     for name, right, item in (("recurrent", is_edge, "[activation, state number] pairs"),
                               ("concat", is_index, "state numbers")):
-        if not isinstance(obj[name], list) or not all(right(value) for value in obj[name]):
-            raise InputError(f"{where}: {name} must be a list of {item}")
+        if wrong := first_wrong(obj[name], right):
+            raise InputError(f"{where}: {name} must be a list of {item}, {wrong}")
     concat = obj["concat"]
     if concat and concat == list(range(concat[0], concat[-1] + 1)):
         concat = range(concat[0], concat[-1] + 1)  # prints as DARTS does
     return check(Genotype([(name, source) for name, source in obj["recurrent"]], concat), where, activations)
+
+
+def from_object(value: object, where: str, activations: Collection[str] = ACTIVATIONS) -> Genotype:
+    """The checked genotype in an object with its two fields, such as another project's named tuple."""
+    return from_json(plain_fields(value, Genotype, where), where, activations)
 
 
 def load(path: str | Path) -> Genotype:

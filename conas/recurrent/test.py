@@ -9,7 +9,7 @@ from conas.darts.space import Space
 from conas.errors import InputError
 from conas.places import find_data, remember_data
 from conas.recurrent import genotype as genotypes
-from conas.recurrent.files import restore
+from conas.recurrent.files import find_cell, named_genotypes, restore
 from conas.recurrent.genotype import Genotype
 from conas.recurrent.model import LanguageModel, RecurrentNetwork, RecurrentSupernet
 from conas.recurrent.options import LanguageTestOptions
@@ -39,12 +39,13 @@ def measure(network: LanguageModel, corpus: Corpus, split: str, bptt: int, devic
             "words_per_second": text.steps / seconds, "words": found.count, "not_finite": found.not_finite}
 
 
-def open_published(path: Path, cell: Genotype) -> RecurrentNetwork:
+def open_published(path: Path, cell: Genotype | None) -> RecurrentNetwork:
     """The network in a pickled file of DARTS' code; `cell` is its cell if the file does not say."""
     model = read_pickled(path)
     if model.genotype is not None:
-        recurrent, concat = model.genotype
-        cell = genotypes.from_json({"recurrent": [list(edge) for edge in recurrent], "concat": list(concat)}, str(path))
+        cell = genotypes.from_object(dict(zip(Genotype._fields, model.genotype)), str(path))
+    if cell is None:
+        raise InputError(f"{path}: does not say what its cell is; restore DARTS in genotypes.py, which such files have")
     words, units = model.state["encoder.weight"].shape if "encoder.weight" in model.state else (1, 1)
     network = RecurrentNetwork(words, units, cell)
     try:
@@ -55,12 +56,12 @@ def open_published(path: Path, cell: Genotype) -> RecurrentNetwork:
     return network
 
 
-def differences(network: RecurrentNetwork, corpus: Corpus, cell: Genotype) -> list[str]:
+def differences(network: RecurrentNetwork, corpus: Corpus, cell: Genotype | None) -> list[str]:
     """In what a tested network and text are not those of PUBLISHED, a network of `cell`: a phrase each."""
     units, own = network.arguments["units"], network.genotype()
     return [phrase for phrase, same in (
-        ("the cell DARTS_V2, not another", (list(cell.recurrent), list(cell.concat)) == (list(own.recurrent),
-                                                                                         list(own.concat))),
+        ("the cell DARTS_V2, not another", cell is not None and (
+            list(cell.recurrent), list(cell.concat)) == (list(own.recurrent), list(own.concat))),
         (f"{PUBLISHED_UNITS} units, not {units}", units == PUBLISHED_UNITS),
         ("the Penn Treebank, with its very files", corpus.name == "penn" and corpus.published)) if not same]
 
@@ -81,10 +82,12 @@ def main(folder: Path, supernet: type[RecurrentSupernet], module, description: s
     distributed.refuse("rnn/test.py")
     (options,) = parse(description, [LanguageTestOptions], argv)
     device = find_device(options.device)
+    named = named_genotypes(module)
+    cells = {name: find_cell(name, named) for name in ("DARTS", "DARTS_V2") if name in named}
     path = Path(options.model_path or best_checkpoint(
         Space(folder.name, folder).train_folder(folder_name(options.save))))
     if published := is_pickled(path):
-        network = open_published(path, module.DARTS)
+        network = open_published(path, cells.get("DARTS"))
         corpus = load_corpus(options.dataset or "penn", options.data or ROOT / "data")
         checkpoint = None
         print(f"{path}: a pickled file; its tensors were read and nothing in it was run")
@@ -112,7 +115,7 @@ def main(folder: Path, supernet: type[RecurrentSupernet], module, description: s
     elif published:
         print(f"to have it in a file that is safe to load: --model_path {path} --export {path.stem}-safe.pt")
     print(f"{corpus.name}: {len(corpus.ids['test'])} words of test text, vocabulary of {len(corpus.words)}")
-    if published and (unlike := differences(network, corpus, module.DARTS_V2)):
+    if published and (unlike := differences(network, corpus, cells.get("DARTS_V2"))):
         published = False
         print(f"the paper's figures are left out, since they are of {'; '.join(unlike)}")
     figures = measure(network, corpus, "test", options.bptt, device)

@@ -15,6 +15,7 @@ from conas.darts.derived import count_parameters
 from conas.darts.space import Space
 from conas.errors import InputError
 from conas.recurrent.files import choose_cell, named_genotypes, restore
+from conas.recurrent.genotype import ACTIVATIONS
 from conas.recurrent.model import RecurrentNetwork
 from conas.recurrent.options import (
     HINT,
@@ -96,6 +97,7 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
     check_units(units)
     device = find_device(options.device, keep.deterministic)
     genotype, where = choose_cell(space, named_genotypes(module), units)
+    primitives = tuple(getattr(module, "PRIMITIVES", ACTIVATIONS))
     groups = (text, units, rates, sgd, options, keep)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
     corpus = load_corpus(text.dataset, text.data)
@@ -133,7 +135,7 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
 
             def state(epoch=epoch, course=course, reader=reader, average=average) -> dict:
                 return checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about, arguments=arguments,
-                                            primitives=module.PRIMITIVES) | {
+                                            primitives=primitives) | {
                     "optimizer": optimizer.state_dict(), "average": average and average.state(), "metrics": metrics,
                     "course": course.state(), "reader": reader.state()}
 
