@@ -17,6 +17,7 @@ from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import folder_name
 from conas.runs.options import PHOTOGRAPHS, RECIPES, DataOptions, NetworkOptions, RecipeOptions
+from conas.runs.wrappers import differences
 
 REPLACEABLE = ("stem.0.", "classifier.", "auxiliary_head.")  # what depends on image channels, classes and --auxiliary
 
@@ -136,8 +137,10 @@ def begin_from(network: DerivedNetwork, origin: Origin) -> str:
     new = [name for name in own if name not in fits and not name.endswith("num_batches_tracked")]
     unused = [name for name in origin.state if name not in fits]
     if wrong := [name for name in [*new, *unused] if not name.startswith(REPLACEABLE)]:
+        differ = differences({name: t for name, t in origin.state.items() if not name.startswith(REPLACEABLE)},
+                             {name: t for name, t in own.items() if not name.startswith(REPLACEABLE)})
         raise InputError(f"--init_from {origin.path}: is a network of other cells, or of another --init_channels or "
-                         f"--layers; {wrong[0]} does not fit, nor do {len(set(wrong)) - 1} other tensors")
+                         f"--layers; {len(set(wrong))} tensors do not fit, {differ}")
     network.load_state_dict({name: origin.state[name] for name in fits}, strict=False)
     return (f"{len(fits)} tensors loaded from {origin.path}; initialised anew: {_modules(new)}; "
             f"there but not loaded: {_modules(unused)}")

@@ -22,6 +22,7 @@ from conas.data.images import DATASETS, ImageSet, load
 from conas.errors import InputError
 from conas.places import find_data
 from conas.runs import checkpoint as checkpoints
+from conas.runs import wrappers
 from conas.runs.folder import best_checkpoint, folder_name
 from conas.runs.options import RECIPES, ROOT, ModelOptions, TestOptions
 from conas.runs.scores import finite_rows, mean_loss, remark, topk_accuracy
@@ -139,7 +140,8 @@ def open_published(path: str | Path, content: object, published: Published, opti
     except RuntimeError as error:
         raise InputError(f"{path}: its tensors do not fit --arch {options.arch} with {C} channels and {layers} cells, "
                          f"{'with' if options.auxiliary else 'without'} an auxiliary head; change --arch, "
-                         "--init_channels, --layers or --auxiliary") from error
+                         "--init_channels, --layers or --auxiliary "
+                         f"({wrappers.differences(state, network.state_dict())})") from error
     return network, images, crop
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from conas.errors import InputError
 from conas.files import check_regular, check_zip
+from conas.runs.wrappers import unwrapped
 
 MAGIC = 0x1950A86A20F9469CFC6C  # opens the older layout
 DTYPES = {"FloatStorage": torch.float32, "DoubleStorage": torch.float64, "HalfStorage": torch.float16,
@@ -164,8 +165,7 @@ def read_pickled(path: str | Path) -> PickledModel:
                          "it was run") from error
     if not found:
         raise InputError(f"{path}: holds no model with weights; copy a good one here")
-    return PickledModel({name.removeprefix("module."): t for name, t in found.items()},
-                        genotypes[0] if genotypes else None)
+    return PickledModel(unwrapped(path, found), genotypes[0] if genotypes else None)
 
 
 def _read_older(file) -> tuple[object, dict[str, Tensor]]:

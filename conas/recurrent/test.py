@@ -17,6 +17,7 @@ from conas.recurrent.pickled import read_pickled
 from conas.recurrent.steps import perplexity, validate
 from conas.recurrent.text import Corpus, Text, load_corpus
 from conas.runs import checkpoint as checkpoints
+from conas.runs import wrappers
 from conas.runs.folder import best_checkpoint, folder_name
 from conas.runs.options import ROOT
 from conas.runs.scores import remark
@@ -51,8 +52,9 @@ def open_published(path: Path, cell: Genotype | None) -> RecurrentNetwork:
     try:
         network.load_state_dict(model.state)
     except RuntimeError as error:
-        raise InputError(f"{path}: its tensors do not fit a language model with the cell {cell}; copy a good one here"
-                         ) from error
+        wrong = wrappers.differences(model.state, network.state_dict())
+        raise InputError(f"{path}: its tensors do not fit a language model with the cell {cell} ({wrong}); copy a good "
+                         "one here") from error
     return network
 
 

@@ -29,6 +29,7 @@ from conas.darts.supernet import Supernet
 from conas.errors import InputError
 from conas.files import atomic_path, check_regular, check_zip
 from conas.runs import schema as fields
+from conas.runs.wrappers import HOLDERS, differences, unwrapped
 
 FORMAT = "conas-checkpoint"
 SAFETENSORS = ".safetensors"
@@ -82,6 +83,8 @@ def check(path: str | Path, content: object) -> dict:
     """Return what `read` gave, if that is a checkpoint with all its fields; else InputError."""
     if not is_ours(content):
         raise InputError(f"{path}: not a CoNAS checkpoint; train_search.py and train.py write them")
+    if isinstance(content.get("state"), dict):
+        content = content | {"state": unwrapped(path, content["state"])}
     for name, kind in FIELDS.items():
         if not isinstance(content.get(name), kind):
             raise InputError(f"{path}: its field {name!r} is missing or not a {kind.__name__}")
@@ -115,13 +118,14 @@ def read(path: str | Path) -> object:
 def published_state(path: str | Path, content: object) -> dict[str, Tensor]:
     """The `state_dict` in what `read` gave for a file of DARTS' code: bare, or wrapped in {"state_dict": ...}.
 
-    Names lose the prefix that DataParallel gives them. Raises InputError if there is no `state_dict`.
+    Names lose the prefixes of wrappers. Raises InputError if there is no `state_dict`.
     """
-    if isinstance(content, dict) and isinstance(content.get("state_dict"), dict):
-        content = content["state_dict"]
+    if isinstance(content, dict):
+        content = next((content[key] for key in HOLDERS if isinstance(content.get(key), dict)), content)
+        content = unwrapped(path, content)
     if not content or not fields.is_state(content):
         raise InputError(f"{path}: holds neither a CoNAS checkpoint nor a state_dict; copy a good one here")
-    return {name.removeprefix("module."): tensor for name, tensor in content.items()}
+    return content
 
 
 def restore(path: str | Path, checkpoint: dict, space: str, network_class: type[Supernet] | None = None
@@ -153,14 +157,19 @@ def restore_derived(path: str | Path, checkpoint: dict) -> DerivedNetwork:
 
 
 def rebuild(path: str | Path, checkpoint: dict, network_class: type, arguments: dict) -> Supernet | DerivedNetwork:
+    described = {}
     try:
         if fields.is_large(checkpoint):
             with torch.device("meta"):  # takes no memory, whatever size the file claims, but half a second
-                fields.check_shapes(checkpoint["state"], network_class(**arguments).state_dict())
+                described = network_class(**arguments).state_dict()
+            fields.check_shapes(checkpoint["state"], described)
         network = network_class(**arguments)
+        described = network.state_dict()
         network.load_state_dict(checkpoint["state"])
     except (TypeError, RuntimeError, ValueError, AttributeError, ArithmeticError, LookupError, AssertionError) as error:
-        raise InputError(f"{path}: its tensors do not fit its own description; copy a good one here") from error
+        wrong = described and differences(checkpoint["state"], described)
+        raise InputError(f"{path}: its tensors do not fit its own description{f' ({wrong})' if wrong else ''}; copy a "
+                         "good one here") from error
     return network
 
 
