@@ -15,7 +15,7 @@ import torch
 
 from conas import distributed
 from conas.errors import InputError, Stopped, one_line
-from conas.memory import keep_freed_memory
+from conas.memory import is_out_of_memory, keep_freed_memory, needs_less
 from conas.places import absolute
 
 STOPPED = "stopped; start the same command again to go on from what was kept"
@@ -39,6 +39,13 @@ def path_flags(groups: Sequence[type]) -> dict[str, str]:
 
 class Parser(argparse.ArgumentParser):
     """An argparse parser whose complaints are InputErrors: one line, not a usage text."""
+
+    flags: typing.ClassVar[dict[str, object]] = {}  # of the command that was parsed last, with their values
+
+    def parse_known_args(self, *arguments, **settings):
+        found, unknown = super().parse_known_args(*arguments, **settings)
+        Parser.flags = vars(found)
+        return found, unknown
 
     def error(self, message: str):
         raise InputError(f"{message} (--help lists the flags)")
@@ -104,7 +111,8 @@ def _check_range(field: dataclasses.Field, value) -> None:
 def run(main: Callable[[], None]) -> int:
     """Call `main` and return the exit code: 0, 2 for the user's errors (one line on stderr), 130 and 143 if stopped.
 
-    Under torchrun `main` runs in all processes; 1 is the code of one that has lost another.
+    A lack of memory is one of the user's errors: the line names the flags that would help. Under torchrun `main` runs
+    in all processes; 1 is the code of one that has lost another.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # names of files need not be text
@@ -113,8 +121,8 @@ def run(main: Callable[[], None]) -> int:
         keep_freed_memory()
         with distributed.processes():
             main()
-    except InputError as error:
-        return _complain(error)
+    except InputError as error:  # a file that cannot be read may claim too much memory, or there is too little of it
+        return _complain(f"{error} (or there was too little memory to read it)" if is_out_of_memory(error) else error)
     except Stopped as stop:
         _say(f"\n{stop}")
         return stop.code
@@ -124,7 +132,13 @@ def run(main: Callable[[], None]) -> int:
     except BrokenPipeError:  # `python test_all.py | head`: nobody reads on, which is no error of ours
         sys.stderr.close()
         return 1
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _complain(needs_less(Parser.flags))
     except OSError as error:
+        if is_out_of_memory(error):
+            return _complain(needs_less(Parser.flags))
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ELOOP, errno.ENAMETOOLONG,
                            errno.EIO) and error.filename:
             return _complain(f"{error.filename}: {error.strerror}; name another file or folder")

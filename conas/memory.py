@@ -1,6 +1,8 @@
-"""How the C library treats memory that torch has freed."""
+"""How the C library treats memory that torch has freed, and what to say when there is no more."""
 import ctypes
+import errno
 import sys
+from collections.abc import Mapping
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of mallopt(3)
 
@@ -17,3 +19,32 @@ def keep_freed_memory() -> bool:
     library = ctypes.CDLL(None)
     return hasattr(library, "mallopt") and all([library.mallopt(M_MMAP_THRESHOLD, 2**30),
                                                 library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)])
+
+
+# of RuntimeErrors: PyTorch's allocators on CPU, CUDA and Metal, C++, cuBLAS and cuDNN, oneDNN, threads, shared memory
+SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
+         "status_alloc_failed", "could not create a memory", "can't start new thread", "unable to mmap")
+# flags in the order of what a smaller value saves, and how that is said
+SMALLER = {"batch_size": "a smaller --batch_size", "image_size": "a smaller --image_size",
+           "checkpoint_cells": "--checkpoint_cells", "init_channels": "fewer --init_channels",
+           "layers": "fewer --layers", "nhid": "a smaller --nhid", "bptt": "a smaller --bptt"}
+
+
+def is_out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it was raised from, says that memory could not be had, on whatever device."""
+    while error is not None:
+        if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
+            return True
+        if isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in SIGNS):
+            return True
+        error = error.__cause__
+    return False
+
+
+def needs_less(flags: Mapping[str, object]) -> str:
+    """In one line, what would need less memory, of the flags that a command has, by name, with their values."""
+    ways = [f"{way} ({flags[name]} now)" if flags[name] not in (None, False) else way
+            for name, way in SMALLER.items() if name in flags and flags[name] is not True]
+    ways = ways or ["fewer or smaller networks"]
+    listed = f"{', '.join(ways[:-1])} or {ways[-1]}" if len(ways) > 1 else ways[0]
+    return f"out of memory; {listed} would need less. Nothing that was kept before is lost"

@@ -75,7 +75,12 @@ class Run:
         folder, arguments = self.folder, self.arguments
         path = folder / "args.json"
         if path.exists():
-            _compare(folder, read_arguments(folder), arguments)
+            if differ := _differences(folder, read_arguments(folder), arguments):
+                if _has_saved(folder):
+                    raise InputError(f"{folder}: holds a run with {differ}; start it with those arguments to go on, or "
+                                     "give --save another name")
+                write_json(path, read_json(path) | {"arguments": arguments})
+                self.log(f"{folder}: nothing of the run with {differ} was saved, so it begins with the flags of now")
             note_folder(folder)
         elif folder.is_dir() and any(entry for entry in folder.iterdir() if not entry.name.startswith(".")):
             raise InputError(f"{folder}: is not empty and holds no run; give --save another name, or move it away")
@@ -160,12 +165,17 @@ def suffixes_of(folder: Path) -> list[str]:
     return distributed.from_first(find)
 
 
-def _compare(folder: Path, before: dict, now: dict) -> None:
-    differ = [f"--{name} {before.get(name)} (now {now.get(name)})" for name in sorted(before.keys() | now.keys())
-              if name not in FREE and not _is_same(folder, name, before.get(name), now.get(name))]
-    if differ:
-        raise InputError(f"{folder}: holds a run with {', '.join(differ)}; start it with those arguments to go on, "
-                         "or give --save another name")
+def _differences(folder: Path, before: dict, now: dict) -> str:
+    """The arguments that decide what is computed and differ between two starts, in words."""
+    names = (name for name in sorted(before.keys() | now.keys())
+             if name not in FREE and not _is_same(folder, name, before.get(name), now.get(name)))
+    return ", ".join(f"--{name} {before.get(name)} (now {now.get(name)})" for name in names)
+
+
+def _has_saved(folder: Path) -> bool:
+    """Whether a run has kept anything of its steps."""
+    return any(next(folder.glob(pattern), None) for pattern in (
+        "resume*.pt", "checkpoints/*", "genotypes/*", "genotype.json", "metrics.jsonl"))
 
 
 def _is_same(folder: Path, name: str, before: object, now: object) -> bool:
