@@ -127,7 +127,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
         if start == weights.epochs:
             if not (folder / "cells" / "reduce.png").exists():  # it was killed before its last picture
                 finish(run, network.genotype(), metrics)
-            run.log(f"{folder}: this search is finished; --save NAME starts another")
+            run.log(f"{folder}: this search is finished; --save NAME starts another, --extend goes on to more --epochs")
             return folder
         exact = " (exact Hessian-vector product)" if alphas.hvp == "exact" else ""
         order = (f"second order: the alphas follow the hypergradient through the virtual step{exact}" if alphas.unrolled
@@ -161,7 +161,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
         done = start * train.steps + (begun["step"] if begun else 0)
         train_batches, valid_batches = train.batches(done), valid.batches(done)
         for epoch in range(start, weights.epochs):
-            lr = cosine(epoch, weights.epochs, weights.learning_rate, weights.learning_rate_min) * processes.lr_scale
+            lr = processes.lr_scale * cosine(*run.stretches.place(epoch), weights.learning_rate,
+                                             weights.learning_rate_min)
             optimizer.param_groups[0]["lr"] = lr
             network.train()
             title = f"{space.name} epoch {epoch} of {weights.epochs}"
@@ -193,7 +194,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
             with keeper.calm(state), torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 valid = validate(network, images, halves[1], device, data.workers)
             metrics.append({"epoch": epoch, "learning_rate": lr, "train_loss": course.loss, "train_top1": course.top1,
-                            "valid_loss": valid.loss, "valid_top1": valid.top1} | course.remarks() | valid.remarks())
+                            "valid_loss": valid.loss, "valid_top1": valid.top1} | course.remarks() | valid.remarks()
+                           | run.stretches.remarks(epoch))
             run.log(f"epoch {epoch:3d}  rate {lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %  "
                     f"valid {valid.loss:.4f} {valid.top1:6.2f} %{valid.remark}  {course.rate:.0f} images/s")
             begun = None

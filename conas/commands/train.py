@@ -100,7 +100,8 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, object], 
         start = len(metrics)
         mend_best(run, metrics)
         if is_finished(metrics, recipe.epochs, held_out.patience):
-            run.log(f"{run.folder}: this training is finished; --save NAME starts another")
+            run.log(f"{run.folder}: this training is finished; --save NAME starts another, --extend goes on to more "
+                    "--epochs")
             require_best(run, metrics)
             return run.folder
         run.log(f"{space.name}: the cells of {where}, {shape.layers} of them, {shape.init_channels} channels, "
@@ -115,8 +116,9 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, object], 
         batches = stream.batches(start * stream.steps + (begun["step"] if begun else 0))
         skip = network if keep.on_nan == "skip" else None
         for epoch in range(start, recipe.epochs):
-            optimizer.param_groups[0]["lr"] = lr = learning_rate(recipe, epoch) * processes.lr_scale
-            network.drop_path_prob = recipe.drop_path_prob * epoch / recipe.epochs
+            lr = learning_rate(recipe, epoch, run.stretches.place(epoch)) * processes.lr_scale
+            optimizer.param_groups[0]["lr"] = lr
+            network.drop_path_prob = run.stretches.risen(epoch, recipe.drop_path_prob)
             network.train()
             title = f"{space.name} epoch {epoch} of {recipe.epochs}"
             course = Course(title, epoch, stream, options.report_freq, skip=skip is not None, state=begun)
@@ -147,7 +149,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, object], 
             if len(parts[1]):
                 row |= {"valid_loss": found.loss, "valid_top1": found.top1}
                 text += f"  held out {found.loss:.4f} {found.top1:6.2f} %"
-            metrics.append(row | course.remarks() | found.remarks())
+            metrics.append(row | course.remarks() | found.remarks() | run.stretches.remarks(epoch))
             run.log(f"{text}{found.remark}  {course.rate:.0f} images/s")
             begun = None
             last = is_finished(metrics, recipe.epochs, held_out.patience)
@@ -189,10 +191,10 @@ def train_step(forward: nn.Module, optimizer: torch.optim.Optimizer, batch: tupl
     return descend(optimizer, loss, recipe.grad_clip, before), hits
 
 
-def learning_rate(recipe: RecipeOptions, epoch: int) -> float:
-    """Of an epoch: by steps with --gamma, else along a cosine to 0."""
+def learning_rate(recipe: RecipeOptions, epoch: int, place: tuple[int, int] | None = None) -> float:
+    """Of an epoch: by steps with --gamma, else along a cosine to 0, at its `place` in the run's stretches."""
     if recipe.gamma is None:
-        return cosine(epoch, recipe.epochs, recipe.learning_rate, 0.0)
+        return cosine(*(place or (epoch, recipe.epochs)), recipe.learning_rate, 0.0)
     return recipe.learning_rate * recipe.gamma ** (epoch // recipe.decay_period)
 
 

@@ -67,7 +67,8 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
         if start == sgd.epochs:
             if not (folder / "cells" / "recurrent.png").exists():  # it was killed before its last picture
                 finish(run, network.genotype(), metrics)
-            run.log(f"{folder}: this search is finished; --save NAME starts another")
+            run.log(f"{folder}: this search is finished; --save NAME starts another, --extend goes on to more "
+                    "--epochs")
             return folder
         for note in corpus.notes:
             run.log(note)
@@ -108,7 +109,8 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
             with keeper.calm(state):
                 found = validate(network, valid, text.bptt)
             metrics.append({"epoch": epoch, "learning_rate": sgd.lr, "train_loss": course.loss,
-                            "valid_loss": found.loss} | course.remarks() | found.remarks())
+                            "valid_loss": found.loss} | course.remarks() | found.remarks()
+                           | run.stretches.remarks(epoch))
             run.log(f"epoch {epoch:3d}  train {course.loss:.4f} perplexity {perplexity(course.loss):.2f}  "
                     f"valid {found.loss:.4f} perplexity {perplexity(found.loss):.2f}{found.remark}  "
                     f"{course.rate:.0f} words/s")

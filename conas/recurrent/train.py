@@ -117,7 +117,8 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
                 network, space=space.name, epoch=start - 1, dataset=about, arguments=arguments,
                 primitives=module.PRIMITIVES))
         if start == sgd.epochs:
-            run.log(f"{run.folder}: this training is finished; --save NAME starts another")
+            run.log(f"{run.folder}: this training is finished; --save NAME starts another, --extend goes on to more "
+                    "--epochs")
             require_best(run, metrics, LOWER)
             return run.folder
         for note in corpus.notes:
@@ -155,7 +156,8 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
             with keeper.calm(state), network_of(average):
                 found = validate(network, valid, text.bptt)
             metrics.append({"epoch": epoch, "learning_rate": sgd.lr, "optimizer": kind, "train_loss": course.loss,
-                            "valid_loss": found.loss} | course.remarks() | found.remarks())
+                            "valid_loss": found.loss} | course.remarks() | found.remarks()
+                           | run.stretches.remarks(epoch))
             run.log(f"epoch {epoch:3d}  {kind:4}  train {course.loss:.4f} perplexity {perplexity(course.loss):.2f}  "
                     f"valid {found.loss:.4f} perplexity {perplexity(found.loss):.2f}{found.remark}  "
                     f"{course.rate:.0f} words/s")

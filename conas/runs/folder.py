@@ -24,12 +24,13 @@ from conas.data.listing import EARLIER, readable_suffixes
 from conas.errors import InputError
 from conas.files import TEMPORARY, read_json, write_json, write_text
 from conas.places import moved_along, note_folder, same
+from conas.runs.extension import Stretches, stretches_of
 
 # Where and how fast a run computes is free to change between two starts; what it computes is not. Which images
 # these are, their fingerprint tells, and not a flag.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
         "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images", "checkpoint_cells", "cuda_graph", "engine",
-        "suffixes", "follow_links"}
+        "suffixes", "follow_links", "extend"}
 OF_A_MACHINE = {"data", "workers"}  # may differ between processes that compute one run together
 PATHS = {"arch", "init_from"}       # one place has several spellings, and others on other machines
 
@@ -44,6 +45,7 @@ class Run:
 
     def __init__(self, folder: Path, arguments: dict):
         self.folder, self.arguments = folder, arguments
+        self.stretches = Stretches(((0, arguments.get("epochs", 1)),))
         # The system releases this lock when the process ends, however it ends: it cannot become stale.
         self._lock = FileLock(folder / ".lock")
 
@@ -75,10 +77,12 @@ class Run:
         folder, arguments = self.folder, self.arguments
         path = folder / "args.json"
         if path.exists():
-            if differ := _differences(folder, read_arguments(folder), arguments):
+            before = read_arguments(folder)
+            if differ := _differences(folder, before, arguments, _has_saved(folder)):
                 if _has_saved(folder):
+                    more = arguments.get("epochs", 0) > before.get("epochs", 0) and not arguments.get("extend")
                     raise InputError(f"{folder}: holds a run with {differ}; start it with those arguments to go on, or "
-                                     "give --save another name")
+                                     f"give --save another name{', or --extend to add epochs' if more else ''}")
                 write_json(path, read_json(path) | {"arguments": arguments})
                 self.log(f"{folder}: nothing of the run with {differ} was saved, so it begins with the flags of now")
             note_folder(folder)
@@ -89,6 +93,12 @@ class Run:
                               "arguments": arguments})
         for unfinished in folder.rglob(TEMPORARY):  # of a process that was killed while it wrote
             unfinished.unlink()
+
+    def extend(self, following: int) -> None:
+        """Read the run's stretches, and begin a new one with the epoch `following` if it now has more epochs."""
+        self.stretches, text = stretches_of(self.folder, self.arguments, following)
+        if text:
+            self.log(text)
 
     def log(self, text: str) -> None:
         """Print a line, above a progress bar if there is one, and keep it in log.txt."""
@@ -165,8 +175,13 @@ def suffixes_of(folder: Path) -> list[str]:
     return distributed.from_first(find)
 
 
-def _differences(folder: Path, before: dict, now: dict) -> str:
-    """The arguments that decide what is computed and differ between two starts, in words."""
+def _differences(folder: Path, before: dict, now: dict, may_extend: bool) -> str:
+    """The arguments that decide what is computed and differ between two starts, in words.
+
+    More epochs are none of them with --extend, which a run needs that `may_extend`.
+    """
+    if may_extend and now.get("extend") and (now.get("epochs") or 0) > (before.get("epochs") or 0):
+        before = before | {"epochs": now["epochs"]}
     names = (name for name in sorted(before.keys() | now.keys())
              if name not in FREE and not _is_same(folder, name, before.get(name), now.get(name)))
     return ", ".join(f"--{name} {before.get(name)} (now {now.get(name)})" for name in names)

@@ -115,6 +115,7 @@ class KeepOptions:
     on_nan: str = option("stop", "a loss or gradient that is NaN or infinite stops the run and names the batch, or "
                          "that step is skipped, which makes a GPU wait at every step", choices=["stop", "skip"])
     deterministic: bool = option(False, "on a GPU, kernels that give the same bits every time; slower")
+    extend: bool = option(False, "let a run go on to more --epochs than it was started with, along a new cosine")
 
 
 @dataclass

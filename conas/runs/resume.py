@@ -100,6 +100,7 @@ class Keeper:
         """
         state = self.load(about)
         if state is None:
+            self.run.extend(0)
             return [], None
         try:
             put(state)
@@ -108,6 +109,7 @@ class Keeper:
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise InputError(f"{self.path}: is whole, but does not fit this run; delete it to begin the run again, or "
                              "copy a good one here") from error
+        self.run.extend(len(metrics) + (course is not None))
         self.run.write_metrics(metrics)
         return metrics, state if course else None
 
