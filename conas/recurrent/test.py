@@ -7,6 +7,7 @@ from conas.cli import find_device, parse
 from conas.darts.derived import count_parameters
 from conas.darts.space import Space
 from conas.errors import InputError
+from conas.files import check_writable
 from conas.places import find_data, remember_data
 from conas.recurrent import genotype as genotypes
 from conas.recurrent.files import find_cell, named_genotypes, restore
@@ -83,6 +84,10 @@ def main(folder: Path, supernet: type[RecurrentSupernet], module, description: s
     """The command `python test.py` of `folder`, whose `genotypes.py` is `module`."""
     distributed.refuse("rnn/test.py")
     (options,) = parse(description, [LanguageTestOptions], argv)
+    if options.export and options.export.endswith(checkpoints.SAFETENSORS):
+        checkpoints.check_export(options.export)
+    elif options.export:
+        check_writable(options.export)
     device = find_device(options.device)
     named = named_genotypes(module)
     cells = {name: find_cell(name, named) for name in ("DARTS", "DARTS_V2") if name in named}

@@ -116,6 +116,7 @@ class KeepOptions:
                          "that step is skipped, which makes a GPU wait at every step", choices=["stop", "skip"])
     deterministic: bool = option(False, "on a GPU, kernels that give the same bits every time; slower")
     extend: bool = option(False, "let a run go on to more --epochs than it was started with, along a new cosine")
+    check_only: bool = option(False, "make all checks of the start, then stop before the first epoch")
 
 
 @dataclass
