@@ -83,7 +83,8 @@ def plan(options: PlanOptions) -> dict:
         given["train"] = check_flags("--train_flags", options.train_flags, train.GROUPS)
     save, runs = folder_name(options.save), []
     # the commands run in the folders of the spaces, and not where the plan is written
-    flags, train_flags = (absolute_words(given.get(stage, []), cli.path_flags(groups), *(ROOT / name for name in spaces))
+    folders = [ROOT / name for name in spaces]
+    flags, train_flags = (absolute_words(given.get(stage, []), cli.path_flags(groups), *folders)
                           for stage, groups in (("search", search.GROUPS), ("train", train.GROUPS)))
     for seed in range(1, options.seeds + 1):  # seed by seed: a study that is cut short still has every space
         for space in spaces:
