@@ -3,16 +3,16 @@
     python -m ensemble.study plan study.json                  # 5 seeds of every space, on the digits of the project
     python -m ensemble.study plan study.json --stage train --flags "--dataset cifar10 --epochs 25"
     python -m ensemble.study run study.json                   # what is missing, run after run; start it again to go on
+    python -m ensemble.study run study.json --jobs 8          # eight runs at a time, one thread each
     python -m ensemble.study run study.json --part 2/3        # the second of three machines
+    python -m ensemble.study plan study.json --slurm study.sh # and a script for a cluster: sbatch study.sh
     python -m ensemble.study report study.json                # study-report.json, and a table
 
 The plan lists every run with its commands, which are those of the README: run them wherever you like, and copy the
 folders cnn_spaceN/search-STUDY-SEED (and train-...) together before the report.
 """
 import shlex
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,10 +35,10 @@ from conas.runs.folder import FREE, folder_name, list_checkpoints, read_argument
 from conas.runs.options import TestOptions
 from conas.runs.scores import Scores
 from ensemble.combine.committee import check_finite
+from ensemble.study_runs import SCRIPTS, execute, finished, read_seconds, write_slurm
 from ensemble.study_statistics import as_text, compare_groups
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {"search": "train_search.py", "train": "train.py"}
 OWN_FLAGS = "--save", "--seed", "--search", "--patience", "--check_only", "-h", "--help"
 DIGITS = "--dataset digits --init_channels 8 --layers 3 --epochs 12 --batch_size 32"
 DIGITS_TRAIN = "--dataset digits --init_channels 8 --layers 3 --epochs 30 --batch_size 32"
@@ -57,6 +57,7 @@ class PlanOptions:
     save: str = option("study", "name of the runs: their folders are search-NAME-SEED and train-NAME-SEED")
     flags: str = option(DIGITS, "of train_search.py, in quotes and with '=': --flags='--dataset digits'")
     train_flags: str = option(DIGITS_TRAIN, "of train.py, alike")
+    slurm: str | None = option(None, "write a Slurm script to this file too: an array with a task for each run")
 
 
 @dataclass
@@ -64,6 +65,7 @@ class ExecuteOptions:
     """which runs"""
 
     part: str = option("1/1", "the Ith of N equal parts of the plan, to spread it over machines")
+    jobs: int = option(1, "runs at a time; more than one have a thread each", low=1, high=1024)
 
 
 def plan(options: PlanOptions) -> dict:
@@ -155,48 +157,6 @@ def _is_run(run: object, spaces: list[str], seeds: list[int]) -> bool:
                and command[:1] in [[script] for script in SCRIPTS.values()] for command in run["commands"])
 
 
-def execute(content: dict, part: str) -> None:
-    """Run what is missing. Raises InputError naming the command that failed, after all others had their turn."""
-    try:
-        i, n = map(int, part.split("/"))
-        assert 1 <= i <= n
-    except (ValueError, AssertionError) as error:
-        raise InputError(f"--part {part}: write it as 2/3, the second of three parts") from error
-    runs, failed = content["runs"][i - 1::n], []
-    for number, run in enumerate(runs, 1):
-        for command in run["commands"]:
-            stage = next(stage for stage, script in SCRIPTS.items() if script == command[0])
-            folder = ROOT / run["space"] / f"{stage}-{run['save']}"
-            if finished(folder):
-                continue
-            print(f"[{number} of {len(runs)}] cd {run['space']} && python {shlex.join(command)}", flush=True)
-            if start(command, folder):
-                failed.append(f"cd {run['space']} && python {shlex.join(command)}")
-                break
-    if failed:
-        raise InputError(f"{len(failed)} of {len(runs)} runs failed, first: {failed[0]}; the others are done, and the "
-                         "same command tries these again")
-    print(f"{len(runs)} runs are done")
-
-
-def start(command: list[str], folder: Path) -> int:
-    """The exit code of a run's command; the time it took is added to seconds.json in its folder."""
-    began = time.monotonic()
-    try:
-        return subprocess.run([sys.executable, *command], cwd=folder.parent, stdout=subprocess.DEVNULL).returncode
-    finally:
-        if folder.is_dir():
-            write_json(folder / "seconds.json", {"seconds": (read_seconds(folder) or 0) + time.monotonic() - began})
-
-
-def finished(folder: Path) -> bool:
-    """Whether a run's last epoch has its checkpoint."""
-    try:
-        return max(list_checkpoints(folder)) + 1 == read_arguments(folder).get("epochs")
-    except InputError:
-        return False
-
-
 def gather(content: dict, options: TestOptions) -> dict[tuple[str, int], Scores]:
     """The test scores of the last epoch of every run by (space, seed). Raises InputError naming a run that is missing.
 
@@ -261,23 +221,6 @@ def network_cost(space: Space, path: Path) -> dict[str, int]:
     return {"parameters": sum(p.numel() for p in network.parameters()), "flops": counter.get_total_flops()}
 
 
-def read_seconds(folder: Path) -> float | None:
-    """What `execute` has measured of a run, all its starts together; None for runs that were started otherwise.
-
-    Raises InputError if the file is damaged.
-    """
-    path = folder / "seconds.json"
-    try:
-        seconds = read_json(path)["seconds"]
-        if type(seconds) in (int, float) and 0 <= seconds < 1e12:
-            return seconds
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    raise InputError(f"{path}: damaged; delete it, and the run counts as one of unknown duration")
-
-
 def report(path: Path, options: TestOptions) -> None:
     """Write PLAN-report.json beside the plan, and print it as a table."""
     content = read_plan(path)
@@ -299,8 +242,10 @@ def main(argv: list[str] | None = None) -> None:
     (options,) = cli.parse(__doc__, [actions[action]], [file] if file == "--help" else flags)
     if action == "plan":
         write_plan(Path(file), plan(options))
+        if options.slurm is not None:
+            write_slurm(Path(options.slurm), Path(file), read_plan(Path(file)))
     elif action == "run":
-        execute(read_plan(Path(file)), options.part)
+        execute(read_plan(Path(file)), options.part, options.jobs)
     else:
         report(Path(file), options)
 
