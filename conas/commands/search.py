@@ -90,7 +90,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     folder = space.search_folder(folder_name(options.save))
     suffixes = suffixes_of(folder)
     data = check_data(folder, data, suffixes)
-    augment = augment.decided(data, begun_with(folder))
+    before = begun_with(folder)
+    augment, supernet = augment.decided(data, before), supernet.decided(data, before)
     check_outputs(folder)
     check_pictures()
     if options.tensorboard:
@@ -108,7 +109,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
         for name, half in zip(("weights", "alphas"), halves))
 
     seed_generators(options.seed)
-    network = space.network(supernet.init_channels, images.info.num_classes, supernet.layers, images.info.channels)
+    network = space.network(supernet.init_channels, images.info.num_classes, supernet.layers, images.info.channels,
+                            supernet.stem)
     network.to(device, memory_format=torch.channels_last)
     reason = why_not(network) if speed.engine else "--no-engine"
     packed = accelerate(network, processes.sync_bn, wanted=speed.engine)

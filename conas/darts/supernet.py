@@ -13,6 +13,7 @@ from conas.darts.batchnorm import BatchNorm2d, use_exact_sums
 from conas.darts.genotype import EDGES, NODES, Genotype, derive
 from conas.darts.operations import OPERATIONS, FactorizedReduce, ReLUConvBN, check_primitives
 from conas.darts.passes import constant_alphas, frozen_statistics  # noqa: F401  a space imports them from here
+from conas.darts.stems import add_stem, stem_outputs
 
 STEM_MULTIPLIER = 3
 
@@ -67,23 +68,23 @@ class Supernet(nn.Module):
     A space is a subclass that sets `primitives`, and, if it has any, its own `operations` (see docs/extending.md) and
     `cell`. All normal cells share `alphas_normal` and all reduction cells `alphas_reduce`, both (EDGES, P). The alphas
     are Parameters, hence part of the `state_dict`; optimizers take `weights()` or `alphas()`, never `parameters()`.
-    Raises InputError for primitives of which no cell can be made.
+    `stem` is one of STEMS in conas/darts/stems.py. Raises InputError for primitives of which no cell can be made.
     """
 
     primitives: Sequence[str] = ()
     operations: Mapping[str, Callable] = {}
     cell: type[SearchCell] = SearchCell
 
-    def __init__(self, C: int = 16, num_classes: int = 10, layers: int = 8, in_channels: int = 3):
+    def __init__(self, C: int = 16, num_classes: int = 10, layers: int = 8, in_channels: int = 3, stem: str = "cifar"):
         super().__init__()
-        self.arguments = {"C": C, "num_classes": num_classes, "layers": layers, "in_channels": in_channels}
+        self.arguments = dict(C=C, num_classes=num_classes, layers=layers, in_channels=in_channels, stem=stem)
         operations = OPERATIONS | dict(self.operations)
         check_primitives(self.primitives, operations)
         C_curr = STEM_MULTIPLIER * C
-        self.stem = nn.Sequential(nn.Conv2d(in_channels, C_curr, 3, padding=1, bias=False), nn.BatchNorm2d(C_curr))
+        add_stem(self, stem, in_channels, C_curr)
         C_prev_prev, C_prev, C_curr = C_curr, C_curr, C
         self.cells = nn.ModuleList()
-        reduction_prev = False
+        reduction_prev = stem == "imagenet"  # whose second output has half the size of its first
         for layer in range(layers):
             reduction = layer in (layers // 3, 2 * layers // 3)
             if reduction:
@@ -102,7 +103,7 @@ class Supernet(nn.Module):
         """Logits (N, num_classes) of images (N, in_channels, H, W), by the network's own weights or by flat ones."""
         if w is not None:
             return self.with_weights(x, w)
-        s0 = s1 = self.stem(x.contiguous(memory_format=torch.channels_last))  # the fast layout, which all maps inherit
+        s0, s1 = stem_outputs(self, x.contiguous(memory_format=torch.channels_last))  # the layout that all maps inherit
         normal, reduce = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)

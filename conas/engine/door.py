@@ -5,8 +5,8 @@ the `forward` of every operation. Whatever else runs by the definition in conas/
 """
 from torch import nn
 
-from conas.darts.batchnorm import BatchNorm2d
 from conas.darts.operations import FactorizedReduce, ReLUConvBN
+from conas.darts.stems import is_stem
 from conas.darts.supernet import MixedOp, SearchCell, Supernet
 from conas.engine.batchnorm import convert
 from conas.engine.edges import is_computed
@@ -30,7 +30,7 @@ def why_not(network: nn.Module) -> str | None:
             replaced = name in vars(module) and not getattr(vars(module)[name], "same_numbers", False)
             if replaced or getattr(type(module), name) is not getattr(known, name):
                 return f"{type(module).__name__} has a {name} of its own"
-    if [type(part) for part in network.stem] not in ([nn.Conv2d, nn.BatchNorm2d], [nn.Conv2d, BatchNorm2d]):
+    if not is_stem(network):
         return "its stem is another"
     for cell in network.cells:
         if type(cell.preprocess0) not in (FactorizedReduce, ReLUConvBN) or type(cell.preprocess1) is not ReLUConvBN:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
+from conas.darts.stems import convolutions
 from conas.darts.supernet import Supernet
 from conas.engine.convolutions import accelerate_convolutions
 from conas.engine.door import why_not
@@ -27,7 +28,7 @@ class Prepared(nn.Module):
 
     def __init__(self, network: Supernet):
         super().__init__()
-        weight, self._counts, made = network.stem[0].weight, [], []
+        weight, self._counts, made = convolutions(network)[0][0].weight, [], []
         packed = PackedPass(network)
         self._pass, self.dtype = packed.run, weight.dtype  # a bound method: the network is no part of this
         kind = weight.device.type

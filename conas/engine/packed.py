@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d, linear, pad
 
+from conas.darts.stems import convolutions
 from conas.darts.supernet import Supernet
 from conas.engine.batch_statistics import Statistics
 from conas.engine.batchnorm import BatchScope
@@ -25,7 +26,8 @@ class PackedPass:
         self.network, self.synced = network, False
         self.run_cell: Callable = call
         self.cells = [PackedCell(cell, network.primitives) for cell in network.cells]
-        self._packs = [[network.stem[0].weight], [network.stem[1].weight], [network.stem[1].bias],
+        self._stem = convolutions(network)
+        self._packs = [*([p] for convolution, norm in self._stem for p in (convolution.weight, norm.weight, norm.bias)),
                        *(pack for cell in self.cells for pack in cell.packs()),
                        [network.classifier.weight], [network.classifier.bias]]
         names = {p: name for name, p in network.weights().items()}
@@ -72,9 +74,13 @@ class PackedPass:
         scope = BatchScope.of_all(len(x)) if self.synced and network.training else None
         statistics = Statistics(batch=network.training, keep=not network.statistics.frozen, scope=scope, once=once)
         shares = once(lambda: self._shares(w.dtype))
-        x = conv2d(x.contiguous(memory_format=torch.channels_last), next(weights), padding=1).permute(0, 2, 3, 1)
-        out = statistics.normalise(x, [network.stem[1]], next(weights), next(weights))
-        s0 = s1 = out.relu()  # every cell begins with it
+        s1 = x.contiguous(memory_format=torch.channels_last).permute(0, 2, 3, 1)
+        for convolution, norm in self._stem:
+            s0, x = s1, conv2d(s1.permute(0, 3, 1, 2), next(weights), stride=convolution.stride, padding=1)
+            out = statistics.normalise(x.permute(0, 2, 3, 1), [norm], next(weights), next(weights))
+            s1 = out.relu()  # every cell begins with it, and every further convolution
+        if len(self._stem) == 1:
+            s0 = s1
         for cell, share, kernels in zip_longest(self.cells, shares, arranged, fillvalue=()):
             own = list(islice(weights, cell.takes))
             out = self.run_cell(cell, s0, s1, share, own, kernels, statistics)

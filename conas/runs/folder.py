@@ -127,7 +127,8 @@ def read_arguments(folder: Path) -> dict:
     """The arguments of the run in `folder`. Raises InputError if there is none or its args.json is damaged.
 
     A run from before there was --test_subset has the value of --subset, which then held for both splits, and one from
-    before there was --flip that of its data set; --resize was crop. A --cutout_length that no --cutout uses is None.
+    before there was --flip that of its data set; --resize was crop, and --stem cifar. A --cutout_length that no
+    --cutout uses is None.
     """
     arguments = _stored_arguments(folder)
     if "subset" in arguments:
@@ -136,6 +137,8 @@ def read_arguments(folder: Path) -> dict:
     if isinstance(dataset, str) and dataset in DATASETS:  # else a text
         arguments.setdefault("flip", DATASETS[dataset].flip)
         arguments.setdefault("resize", "crop")
+        if "unrolled" in arguments:  # a search
+            arguments.setdefault("stem", "cifar")
         arguments["cutout_length"] = arguments.get("cutout_length") if arguments.get("cutout") else None
     return arguments
 

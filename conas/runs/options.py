@@ -6,6 +6,7 @@ from typing import Self
 
 from conas import distributed
 from conas.cli import option
+from conas.darts.stems import STEMS
 from conas.data.imagefiles import RESIZES
 from conas.data.images import DATASETS
 
@@ -70,6 +71,14 @@ class SupernetOptions:
 
     init_channels: int = option(16, "channels of the first cells", low=2, high=1024, even=True)
     layers: int = option(8, "number of cells", low=3, high=100)
+    stem: str | None = option(None, "what comes before the first cell: one convolution, or, for large images, three "
+                              "that bring them to an eighth of their side (default: imagenet for the data set imagenet "
+                              "and from 96 pixels on, else cifar)", choices=STEMS)
+
+    def decided(self, data: DataOptions, before: Mapping[str, object]) -> Self:
+        """These options with a stem: as in `before`, the arguments a run began with, or else by the images."""
+        large = data.dataset == "imagenet" or (data.image_size or DATASETS[data.dataset].image_size) >= 96
+        return replace(self, stem=self.stem or before.get("stem") or ("imagenet" if large else "cifar"))
 
 
 @dataclass

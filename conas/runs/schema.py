@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from conas.darts.stems import STEMS
 from conas.data.imagefiles import RESIZES
 from conas.data.images import DATASETS
 from conas.errors import InputError
@@ -45,7 +46,8 @@ MORE = {"crop": _optional(_between(1, SIDE, int)), "train_portion": _between(0, 
         "resize": lambda value: _is_text(value) and value in RESIZES, "suffixes": _is_texts,
         "follow_links": lambda value: type(value) is bool}
 NETWORK = {"C": _between(1, NUMBER, int), "num_classes": _between(1, NUMBER, int), "layers": _between(1, LAYERS, int),
-           "in_channels": _between(1, NUMBER, int), "image_size": _between(1, SIDE, int)}
+           "in_channels": _between(1, NUMBER, int), "image_size": _between(1, SIDE, int),
+           "stem": lambda value: _is_text(value) and value in STEMS}
 TEXTS = {name: IMAGES[name] for name in ("root", "classes", "fingerprint")} | {"name": _is_text}
 LANGUAGE = {"words": _between(1, NUMBER, int), "units": _between(1, 10**5, int)}
 BASIC = "C", "num_classes", "layers"  # of every network

@@ -4,6 +4,7 @@ from importlib import import_module
 import pytest
 import torch
 
+from conas.darts.stems import STEMS
 from conas.engine import depthwise, forward_eval, forward_train
 from conas.engine.check import check_engine
 from conas.engine.door import accelerate
@@ -14,21 +15,24 @@ from tests.helpers.searches import no_pictures, run_search  # noqa: F401
 BATCH = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(0)), torch.arange(6)
 
 
-def packed(space="cnn_space1"):
+def packed(space="cnn_space1", stem="cifar"):
     torch.manual_seed(0)
     of_space = Everything if space == "everything" else import_module(f"{space}.model_search").Network
-    return accelerate(of_space(C=4, layers=3))
+    return accelerate(of_space(C=4, layers=3, stem=stem))
 
 
+@pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3", "everything"])
-def test_a_right_engine_passes_and_nothing_is_left_behind(space):
-    engine = packed(space)
-    network = engine.network
+def test_a_right_engine_passes_and_nothing_is_left_behind(space, stem):
+    engine = packed(space, stem)
+    network, batch = engine.network, BATCH
+    if stem == "imagenet":
+        batch = torch.randn(6, 3, 40, 40, generator=torch.Generator().manual_seed(0)), BATCH[1]
     before = {name: tensor.clone() for name, tensor in network.state_dict().items()}
     random = torch.get_rng_state()
     for training in True, False:
         network.train(training)
-        check_engine(engine, BATCH)
+        check_engine(engine, batch)
         assert network.training == training and torch.equal(torch.get_rng_state(), random)
         assert all(torch.equal(tensor, before[name]) for name, tensor in network.state_dict().items())
         assert all(p.grad is None for p in network.parameters())
