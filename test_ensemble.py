@@ -23,7 +23,9 @@ from conas import cli, distributed
 from conas.cli import option
 from conas.commands.scoring import run_folder, scores_for_all
 from conas.darts.space import Space, discover
+from conas.draw.cell import check_pictures
 from conas.errors import InputError
+from conas.files import check_writable
 from conas.runs.folder import list_checkpoints
 from conas.runs.options import STAGES, TestOptions
 from conas.runs.scores import Scores
@@ -80,6 +82,10 @@ def main() -> None:
 def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Space]) -> None:
     """Combine, compare, print and write one committee of the stage `ours.stage`."""
     folder = ROOT / f"committee-{options.save}{'-train' if ours.stage == 'train' else ''}"
+    for name in ("committee.json", "report.html"):
+        check_writable(folder / name)
+    check_pictures()
+    rivals = find_members(ours.against, spaces, "--against") if ours.against else {}
     epochs, left_out = [], {}
     if ours.members:
         pool = find_members(ours.members, spaces, "--members")
@@ -103,8 +109,7 @@ def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Spa
     if fitted:
         significance["over_best_member"] = {"name": fitted.best_member, **compare(
             committee.probabilities, softmax(best.logits), committee.labels)}
-    if ours.against:
-        rivals = find_members(ours.against, spaces, "--against")
+    if rivals:
         rival, _ = build(rivals, try_fit(rivals, ours, options), ours, options)
         if rival.fingerprint != committee.fingerprint:
             raise InputError("--against: its members were tested on other images; choose runs with the same data flags")

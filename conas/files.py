@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from conas.errors import InputError
+
 TEMPORARY = ".*.tmp*"  # matches the names of temporary files
 DOS_FOLDER = 0x10  # in the attributes of a zip file's record
 
@@ -43,6 +45,20 @@ def write_text(path: str | Path, text: str) -> None:
     r"""Write `text` as UTF-8, atomically; what is no text, as in the name of a file, as `\udcff`, which JSON reads."""
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
+
+
+def check_writable(path: str | Path) -> None:
+    """Raise InputError, naming what is in the way, unless a file can be written at `path`. Nothing is written."""
+    path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a folder; name a file")
+    there = path if path.exists() else next(parent for parent in path.absolute().parents if parent.exists())
+    if there != path and not there.is_dir():
+        raise InputError(f"{path}: cannot be written, since {there} is a file; move it away, or name another file")
+    folder = there if there.is_dir() else there.absolute().parent
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{path}: cannot be written, since nothing may be written in {folder}; permit it, or name "
+                         "another file")
 
 
 def write_json(path: str | Path, obj) -> None:

@@ -20,7 +20,7 @@ import conas
 from conas.cli import Parser, run
 from conas.commands.scoring import load_images, predict
 from conas.errors import InputError
-from conas.files import atomic_path
+from conas.files import atomic_path, check_writable
 from conas.runs.folder import folder_name
 from ensemble.combine.network import CommitteeNetwork, load_committee
 
@@ -88,14 +88,19 @@ def write_pt2(path: str, program: torch.export.ExportedProgram, text: str, check
         return check(torch.export.load(temporary).module())
 
 
-def write_onnx(path: str, program: torch.export.ExportedProgram, text: str, check: Check) -> float:
-    """Like `write_pt2`. Raises InputError without the packages that this needs."""
+def _onnxruntime():
     try:
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError as error:
         raise InputError("--onnx needs packages that are not installed; pip install onnx onnxscript onnxruntime"
                          ) from error
+    return onnxruntime
+
+
+def write_onnx(path: str, program: torch.export.ExportedProgram, text: str, check: Check) -> float:
+    """Like `write_pt2`. Raises InputError without the packages that this needs."""
+    onnxruntime = _onnxruntime()
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         exported = torch.onnx.export(program, input_names=["images"], output_names=["probabilities"], dynamo=True,
@@ -115,8 +120,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--data", help="where the data set is, if it is no longer where the search had it")
     values = parser.parse_args(argv)
     for path, suffix in ((values.path, ".pt2"), (values.onnx, ".onnx")):
-        if path is not None and Path(path).suffix != suffix:
-            raise InputError(f"{path}: the name must end in {suffix}")
+        if path is not None:
+            if Path(path).suffix != suffix:
+                raise InputError(f"{path}: the name must end in {suffix}")
+            check_writable(path)
+    if values.onnx is not None:
+        _onnxruntime()
     network = load_committee(ROOT, folder_name(values.save))
     images, expected = test_images(network, values.data)
     program, text = export_program(network, images), about(network)

@@ -26,7 +26,7 @@ from conas.data.decoding import decode_all
 from conas.data.imagefiles import ImageFiles
 from conas.data.listing import IRREGULAR, LINKS, Listing
 from conas.errors import InputError, one_line
-from conas.files import write_json, write_text
+from conas.files import check_writable, write_json, write_text
 from conas.runs.folder import folder_name
 from ensemble.combine.network import CommitteeNetwork, load_committee
 from ensemble.measure.diversity import entropy, uncertainty
@@ -141,6 +141,8 @@ def as_csv(rows: Sequence[dict]) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line above. Raises InputError if no image can be read."""
     values = parse(argv)
+    for path in filter(None, (values.csv, values.json)):
+        check_writable(path)
     network = load_committee(ROOT, folder_name(values.save)).to(find_device(values.device))
     paths, bad, rows = find_images(values.images, values.follow_links), [], []
 

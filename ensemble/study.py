@@ -13,6 +13,7 @@ import shlex
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ from tqdm import tqdm
 
 from conas import cli
 from conas.cli import option
+from conas.commands import search, train
 from conas.commands.scoring import scores_for
 from conas.darts.space import Space, discover
 from conas.data.images import DATASETS
@@ -35,6 +37,7 @@ from ensemble.study_statistics import as_text, compare_groups
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {"search": "train_search.py", "train": "train.py"}
+OWN_FLAGS = "--save", "--seed", "--search", "--patience", "--check_only", "-h", "--help"
 DIGITS = "--dataset digits --init_channels 8 --layers 3 --epochs 12 --batch_size 32"
 DIGITS_TRAIN = "--dataset digits --init_channels 8 --layers 3 --epochs 30 --batch_size 32"
 
@@ -73,16 +76,36 @@ def plan(options: PlanOptions) -> dict:
     if options.size % len(spaces):
         raise InputError(f"--size {options.size}: must be a multiple of the {len(spaces)} spaces, so that a mixed "
                          "committee has equally many members of each")
+    flags = {"search": check_flags("--flags", options.flags, search.GROUPS)}
+    if options.stage == "train":
+        flags["train"] = check_flags("--train_flags", options.train_flags, train.GROUPS)
     save, runs = folder_name(options.save), []
     for seed in range(1, options.seeds + 1):  # seed by seed: a study that is cut short still has every space
         for space in spaces:
             own = ["--save", f"{save}-{seed}", "--seed", str(seed)]
-            commands = [[SCRIPTS["search"], *shlex.split(options.flags), *own]]
+            commands = [[SCRIPTS["search"], *flags["search"], *own]]
             if options.stage == "train":
-                commands.append([SCRIPTS["train"], *shlex.split(options.train_flags), "--search", own[1], *own])
+                commands.append([SCRIPTS["train"], *flags["train"], "--search", own[1], *own])
             runs.append({"space": space, "seed": seed, "save": own[1], "commands": commands})
     return {"format": "conas-study", "stage": options.stage, "size": options.size, "spaces": spaces,
             "seeds": list(range(1, options.seeds + 1)), "runs": runs}
+
+
+def check_flags(flag: str, text: str, groups: Sequence[type]) -> list[str]:
+    """The words of `text`, if a script with these groups of flags takes them and a plan may give them; else InputError.
+
+    With --patience, runs would end at different epochs.
+    """
+    try:
+        words = shlex.split(text)
+        cli.parse("", groups, [word for word in words if word not in ("-h", "--help")])
+    except (ValueError, InputError) as error:
+        raise InputError(f"{flag}: {error}") from error
+    for word in words:
+        if word.split("=")[0] in OWN_FLAGS:
+            raise InputError(f"{flag}: {word} is not for a plan, which gives every run a name and a seed and lets all "
+                             "of them end at the same epoch; leave it out")
+    return words
 
 
 def read_plan(path: Path) -> dict:

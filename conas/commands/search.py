@@ -8,7 +8,6 @@ from torch.nn.functional import cross_entropy
 
 from conas import distributed
 from conas.cli import find_device, parse
-from conas.commands.preflight import check_data
 from conas.commands.scoring import validate
 from conas.darts import genotype as genotypes
 from conas.darts.architect import Batch, Bilevel, constant_alphas
@@ -16,8 +15,8 @@ from conas.darts.space import Space
 from conas.darts.supernet import Supernet
 from conas.data.batches import Stream, stratified_split
 from conas.data.images import load
-from conas.draw.cell import draw_genotype
-from conas.draw.tensorboard import Board
+from conas.draw.cell import check_pictures, draw_genotype
+from conas.draw.tensorboard import Board, summary_writer
 from conas.engine.check import check_engine
 from conas.engine.cuda_graph import Replayed, graph_fits, on_device
 from conas.engine.cuda_streams import at_once
@@ -37,6 +36,7 @@ from conas.runs.options import (
     SupernetOptions,
     WeightOptions,
 )
+from conas.runs.preflight import check_data, check_outputs, check_space, committee_notes
 from conas.runs.progress import Course, announce, cosine, descend, resumed, snapshot, tell_not_finite, tell_skipped
 from conas.runs.resume import Keeper, seed_generators, write_epoch
 from conas.runs.scores import is_right
@@ -91,6 +91,10 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
     suffixes = suffixes_of(folder)
     data = check_data(folder, data, suffixes)
     augment = augment.decided(data, begun_with(folder))
+    check_outputs(folder)
+    check_pictures()
+    if options.tensorboard:
+        summary_writer()
     groups = (data, augment, supernet, weights, alphas, options, keep, processes, speed)
     arguments = {name: value for group in groups for name, value in asdict(group).items()} | {"suffixes": suffixes}
     images = distributed.in_turn(
@@ -118,6 +122,10 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
              "train_portion": augment.train_portion, "split_seed": augment.split_seed,
              "skip_bad_images": data.skip_bad_images, "resize": data.resize, "test_subset": data.test_subset,
              "suffixes": suffixes, "follow_links": data.follow_links}
+    check_space(folder, network, weights.epochs)
+    if keep.check_only:
+        print(f"{folder}: all checks passed; without --check_only, the search begins")
+        return folder
 
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
         board = Board(folder) if options.tensorboard and distributed.rank() == 0 else None
@@ -137,6 +145,8 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
         run.log(f"{data.dataset}: {len(halves[0])} images for weights, {len(halves[1])} for alphas, "
                 f"{images.info.num_classes} classes; epochs {start} to {weights.epochs - 1} on {device}"
                 f"{' in bfloat16, alphas in float32' if amp else ''}{resumed(start, begun)}")
+        for note in committee_notes(folder, arguments):
+            run.log(note)
 
         if packed is None:
             run.log(f"the engine is off ({reason}): the whole network runs by its definition, conas/darts/supernet.py")

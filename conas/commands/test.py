@@ -146,6 +146,8 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
     """The command `python test.py` of `folder`; with `published`, it also takes files of DARTS' code."""
     groups = [ModelOptions, TestOptions, *([PublishedOptions] if published else [])]
     model, options, *published_options = parse(description, groups, argv)
+    if model.export:
+        checkpoints.check_export(model.export)
     space = Space(folder.name, folder, network_class)
     path = Path(model.model_path or best_checkpoint(space.train_folder(folder_name(options.save))))
     content, beside = checkpoints.read(path), {}

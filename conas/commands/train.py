@@ -10,7 +10,6 @@ from torch.nn.functional import cross_entropy
 from conas import distributed
 from conas.cli import find_device, parse
 from conas.commands import cells as arch
-from conas.commands.preflight import check_data
 from conas.commands.scoring import validate
 from conas.darts import genotype as genotypes
 from conas.darts.batchnorm import use_exact_sums
@@ -37,6 +36,7 @@ from conas.runs.options import (
     RecipeOptions,
     TrainRunOptions,
 )
+from conas.runs.preflight import check_data, check_outputs, check_space, committee_notes
 from conas.runs.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
 from conas.runs.resume import Keeper, seed_generators
 from conas.runs.scores import is_right
@@ -62,6 +62,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
     suffixes = suffixes_of(folder)
     data = check_data(folder, data, suffixes)
     recipe = recipe.decided(data, begun_with(folder))
+    check_outputs(folder)
     frequency = options.checkpoint_freq or max(1, round(recipe.epochs / 50))
     groups = (data, shape, recipe, held_out, options, keep, processes)
     arguments = {name: value for group in groups for name, value in asdict(group).items()} | {"suffixes": suffixes}
@@ -94,6 +95,10 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
              "skip_bad_images": data.skip_bad_images, "resize": data.resize, "test_subset": data.test_subset,
              "suffixes": suffixes, "follow_links": data.follow_links}
     origin_of_weights += arch.seen_before(origin, about)
+    check_space(folder, network, -(-recipe.epochs // frequency) + 1)
+    if keep.check_only:
+        print(f"{folder}: all checks passed; without --check_only, the training begins")
+        return folder
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
         metrics, unfinished = resume(keeper, network, optimizer, about)
         begun = unfinished and unfinished["course"]
@@ -110,6 +115,8 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
                 f"{' in bfloat16' if amp else ''}{resumed(start, begun)}")
         for warning in stream.warnings():
             run.log(warning)
+        for note in committee_notes(folder, arguments):
+            run.log(note)
 
         forward = torch.compile(network) if options.compile and compiler_works(device, run.log) else network
         batches = stream.batches(start * stream.steps + (begun["step"] if begun else 0))

@@ -5,6 +5,7 @@
 
 Equal genotypes give byte-identical files. Matplotlib is imported only when something is drawn.
 """
+import io
 import itertools
 import re
 import sys
@@ -88,6 +89,20 @@ def save_figure(figure, path: str | Path, dpi: int, metadata: dict[str, str]) ->
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format=picture_format(path), dpi=dpi, metadata=metadata | dict.fromkeys(unstable))
     return Path(path)
+
+
+def check_pictures() -> None:
+    """Raise InputError unless matplotlib, its fonts and Pillow, which writes PNG for it, work here."""
+    try:
+        from matplotlib.figure import Figure
+        with defaults():
+            figure = Figure(figsize=(0.5, 0.2))
+            figure.text(0, 0, "$c_{k}$ 0")
+            for kind in ("svg", "png"):
+                figure.savefig(io.BytesIO(), format=kind)
+    except Exception as error:  # a broken installation can raise anything
+        raise InputError(f"matplotlib: cannot draw pictures here ({type(error).__name__}: {error}); pip install "
+                         "--force-reinstall matplotlib Pillow") from error
 
 
 def picture_format(path: str | Path) -> str:

@@ -20,11 +20,7 @@ class Board:
     """The folder `tensorboard` of a run. Raises InputError without the package."""
 
     def __init__(self, folder: Path):
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise InputError("--tensorboard needs a package that is not installed; pip install tensorboard") from error
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = summary_writer()(str(folder / "tensorboard"))
         self.drawn: Genotype | None = None
 
     def epoch(self, row: Mapping[str, float], alphas: Mapping[str, Tensor], primitives: Sequence[str],
@@ -47,6 +43,15 @@ class Board:
             for kind, cell in (("normal", genotype[:2]), ("reduce", genotype[2:])):
                 self.writer.add_image(f"cell/{kind}", _pixels(*cell), epoch, dataformats="HWC")
         self.writer.flush()
+
+
+def summary_writer() -> type:
+    """torch's SummaryWriter. Raises InputError without the package that it needs."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise InputError("--tensorboard needs a package that is not installed; pip install tensorboard") from error
+    return SummaryWriter
 
 
 def _pixels(edges, concat) -> np.ndarray:

@@ -7,6 +7,7 @@ import torch
 from conas import distributed
 from conas.cli import find_device, parse
 from conas.darts.space import Space
+from conas.draw.cell import check_pictures
 from conas.recurrent.draw import draw_recurrent
 from conas.recurrent.files import restore
 from conas.recurrent.genotype import Genotype
@@ -37,6 +38,7 @@ from conas.recurrent.text import Text, load_corpus
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run, folder_name
 from conas.runs.options import KeepOptions
+from conas.runs.preflight import check_outputs, check_space
 from conas.runs.progress import announce, resumed, tell_skipped
 from conas.runs.resume import Keeper, seed_generators, write_epoch
 
@@ -46,6 +48,9 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
            keep: KeepOptions) -> Path:
     """Run or continue one search and return its folder."""
     check_units(units)
+    folder = space.search_folder(folder_name(options.save))
+    check_outputs(folder)
+    check_pictures()
     device = find_device(options.device, keep.deterministic)
     groups = (text, units, rates, sgd, alphas, options, keep)
     arguments = {name: value for group in groups for name, value in asdict(group).items()}
@@ -60,7 +65,10 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
     architect = architect_class(network, optimizer, arch_learning_rate=alphas.arch_lr,
                                 arch_weight_decay=alphas.arch_wdecay, unrolled=alphas.unrolled, grad_clip=sgd.clip)
     about, skip = corpus.about(), keep.on_nan == "skip"
-    folder = space.search_folder(folder_name(options.save))
+    check_space(folder, network, sgd.epochs)
+    if keep.check_only:
+        print(f"{folder}: all checks passed; without --check_only, the search begins")
+        return folder
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
         metrics, begun = resume(keeper, network, optimizer, architect, about)
         start = len(metrics)

@@ -7,6 +7,7 @@ from conas.cli import find_device, parse
 from conas.darts.derived import count_parameters
 from conas.darts.space import Space
 from conas.errors import InputError
+from conas.files import check_writable
 from conas.recurrent import genotype as genotypes
 from conas.recurrent.files import restore
 from conas.recurrent.genotype import Genotype
@@ -75,6 +76,10 @@ def main(folder: Path, supernet: type[RecurrentSupernet], module, description: s
     """The command `python test.py` of `folder`, whose `genotypes.py` is `module`."""
     distributed.refuse("rnn/test.py")
     (options,) = parse(description, [LanguageTestOptions], argv)
+    if options.export and options.export.endswith(checkpoints.SAFETENSORS):
+        checkpoints.check_export(options.export)
+    elif options.export:
+        check_writable(options.export)
     device = find_device(options.device)
     path = Path(options.model_path or best_checkpoint(
         Space(folder.name, folder).train_folder(folder_name(options.save))))

@@ -63,7 +63,7 @@ class Corpus:
 
     def about(self) -> dict:
         """What a checkpoint says of the corpus."""
-        return {"name": self.name, "root": str(self.folder), "classes": list(self.words),
+        return {"name": self.name, "root": str(self.folder.absolute()), "classes": list(self.words),
                 "fingerprint": self.fingerprint}
 
 

@@ -39,6 +39,7 @@ from conas.recurrent.text import Text, load_corpus
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run, best_checkpoint, folder_name
 from conas.runs.options import KeepOptions
+from conas.runs.preflight import check_outputs, check_space
 from conas.runs.progress import announce, resumed, tell_skipped
 from conas.runs.resume import Keeper, seed_generators
 
@@ -90,6 +91,8 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
           sgd: TrainSgdOptions, options: LanguageRunOptions, keep: KeepOptions) -> Path:
     """Run or continue one training and return its folder. `module` is the folder's `genotypes.py`."""
     check_units(units)
+    folder = space.train_folder(folder_name(options.save))
+    check_outputs(folder)
     device = find_device(options.device, keep.deterministic)
     genotype, where = choose_cell(space, named_genotypes(module), units)
     groups = (text, units, rates, sgd, options, keep)
@@ -102,8 +105,11 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
     network = RecurrentNetwork(len(corpus.words), units.nhid, genotype).to(device)
     optimizer = weight_optimizer(network, sgd.lr, sgd.wdecay)
     about, skip = corpus.about(), keep.on_nan == "skip"
-    with Run(space.train_folder(folder_name(options.save)), arguments) as run, \
-            Keeper(run, keep.checkpoint_minutes) as keeper:
+    check_space(folder, network, 1)
+    if keep.check_only:
+        print(f"{folder}: all checks passed; without --check_only, the training begins")
+        return folder
+    with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
         metrics, begun, average = resume(keeper, network, optimizer, about)
         start = len(metrics)
         if start == sgd.epochs:

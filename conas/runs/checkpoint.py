@@ -27,7 +27,7 @@ from conas.darts.derived import NETWORKS, DerivedNetwork
 from conas.darts.operations import OPERATIONS
 from conas.darts.supernet import Supernet
 from conas.errors import InputError
-from conas.files import atomic_path, check_regular, check_zip
+from conas.files import atomic_path, check_regular, check_writable, check_zip
 from conas.runs import schema as fields
 
 FORMAT = "conas-checkpoint"
@@ -164,10 +164,17 @@ def rebuild(path: str | Path, checkpoint: dict, network_class: type, arguments: 
     return network
 
 
-def export(path: str | Path, checkpoint: dict) -> None:
-    """Write a checkpoint as .safetensors, atomically. Raises InputError without that package or suffix."""
+def check_export(path: str | Path) -> None:
+    """Raise InputError unless `export` can write `path`: another suffix, no package, nothing may be written there."""
     if Path(path).suffix != SAFETENSORS:
         raise InputError(f"--export {path}: the name must end in {SAFETENSORS}")
+    _safetensors()
+    check_writable(path)
+
+
+def export(path: str | Path, checkpoint: dict) -> None:
+    """Write a checkpoint as .safetensors, atomically. Raises InputError without that package or suffix."""
+    check_export(path)
     metadata = {name: json.dumps(checkpoint[name]) for name in FIELDS if name != "state"}
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in checkpoint["state"].items()}
     metadata["crc32"] = f"{_crc32(metadata, state):08x}"

@@ -27,7 +27,7 @@ from conas.files import TEMPORARY, read_json, write_json, write_text
 # these are, their fingerprint tells, and not a flag.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
         "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images", "checkpoint_cells", "cuda_graph", "engine",
-        "suffixes", "follow_links"}
+        "suffixes", "follow_links", "check_only"}
 OF_A_MACHINE = {"data", "workers"}  # may differ between processes that compute one run together
 
 

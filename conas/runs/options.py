@@ -115,6 +115,7 @@ class KeepOptions:
     on_nan: str = option("stop", "a loss or gradient that is NaN or infinite stops the run and names the batch, or "
                          "that step is skipped, which makes a GPU wait at every step", choices=["stop", "skip"])
     deterministic: bool = option(False, "on a GPU, kernels that give the same bits every time; slower")
+    check_only: bool = option(False, "make all checks of the start, then stop before the first epoch")
 
 
 @dataclass
