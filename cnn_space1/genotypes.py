@@ -1,5 +1,5 @@
 """Space 1: all eight primitives of DARTS."""
-from conas.darts.genotype import Genotype  # noqa: F401  a printed `Genotype(...)` line can be pasted below
+from conas.darts.genotype import Genotype  # a printed `Genotype(...)` line can be pasted below
 
 PRIMITIVES = (
     "none",
@@ -10,4 +10,23 @@ PRIMITIVES = (
     "sep_conv_5x5",
     "dil_conv_3x3",
     "dil_conv_5x5",
+)
+
+# The cell that the authors of CoNAS found in this space: their repository Sette/CoNAS, commit 19b061f of 2021-02-24,
+# in the folder of its Imagenette search.
+CONAS = Genotype(
+    normal=[
+        ("sep_conv_3x3", 1), ("dil_conv_5x5", 0),
+        ("skip_connect", 0), ("sep_conv_3x3", 2),
+        ("sep_conv_3x3", 1), ("sep_conv_3x3", 0),
+        ("dil_conv_5x5", 4), ("dil_conv_5x5", 0),
+    ],
+    normal_concat=range(2, 6),
+    reduce=[
+        ("max_pool_3x3", 1), ("max_pool_3x3", 0),
+        ("max_pool_3x3", 0), ("max_pool_3x3", 1),
+        ("max_pool_3x3", 0), ("skip_connect", 2),
+        ("skip_connect", 3), ("dil_conv_3x3", 2),
+    ],
+    reduce_concat=range(2, 6),
 )

@@ -1,5 +1,4 @@
 """Which network is trained: its cells, by name or from a file, its size, and the weights that it begins with."""
-import difflib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ from conas.darts import genotype as genotypes
 from conas.darts.derived import DerivedNetwork, NetworkCIFAR, NetworkImageNet
 from conas.darts.genotype import Genotype
 from conas.darts.operations import OPERATIONS
-from conas.darts.published import GENOTYPES
+from conas.darts.published import find_genotype
 from conas.darts.space import Space
 from conas.data.images import DATASETS, DataInfo
 from conas.errors import InputError
@@ -19,22 +18,6 @@ from conas.runs.folder import folder_name
 from conas.runs.options import PHOTOGRAPHS, RECIPES, DataOptions, NetworkOptions, RecipeOptions
 
 REPLACEABLE = ("stem.0.", "classifier.", "auxiliary_head.")  # what depends on image channels, classes and --auxiliary
-
-
-def named_genotypes(module) -> dict[str, Genotype]:
-    """The published genotypes and those of a `genotypes.py`, by name; its own win."""
-    return GENOTYPES | {name: value for name, value in vars(module).items() if isinstance(value, Genotype)}
-
-
-def find_genotype(arch: str, named: Mapping[str, Genotype]) -> Genotype:
-    """The genotype that `--arch` means. Raises InputError, with names that are near, if there is none."""
-    if arch in named:
-        return genotypes.check(named[arch], f"--arch {arch}", OPERATIONS)
-    if arch.endswith(".json"):
-        return genotypes.load(arch, OPERATIONS)
-    by_lower = {name.lower(): name for name in named}
-    near = [by_lower[name] for name in difflib.get_close_matches(arch.lower(), by_lower, 2, 0.5)] or sorted(named)
-    raise InputError(f"--arch {arch}: unknown; did you mean {' or '.join(near)}? A file must end in .json")
 
 
 def found_genotype(space: Space, search: str) -> tuple[Genotype, Path]:

@@ -13,7 +13,7 @@ from conas.commands import cells as arch
 from conas.commands.scoring import load_images, predict
 from conas.darts import genotype as genotypes
 from conas.darts.derived import DerivedNetwork, count_parameters, flops
-from conas.darts.published import GENOTYPES
+from conas.darts.published import GENOTYPES, find_genotype
 from conas.darts.space import Space
 from conas.darts.supernet import Supernet
 from conas.data import imagenet_augment as photographs
@@ -30,7 +30,7 @@ from conas.runs.scores import finite_rows, mean_loss, remark, topk_accuracy
 class PublishedOptions:
     """network in a file of DARTS' own code; the checkpoints of train.py describe theirs"""
 
-    arch: str = option("DARTS", "the cells: a published name, or a file NAME.json")
+    arch: str = option("DARTS", "the cells: a published name, SPACE/NAME as cnn_space1/CONAS, or a file NAME.json")
     auxiliary: bool = option(False, "the network has an auxiliary head")
     init_channels: int | None = option(None, "channels of the first cells (default: the paper's)", low=2, high=1024,
                                        even=True)
@@ -120,7 +120,7 @@ def open_published(path: str | Path, content: object, published: Published, opti
                    skip_bad_images: bool = False) -> tuple[DerivedNetwork, ImageSet, int | None]:
     """Network, test images and crop for a file of DARTS' code. Raises InputError if they do not fit together."""
     state = checkpoints.published_state(path, content)
-    genotype = arch.find_genotype(options.arch, GENOTYPES)
+    genotype = find_genotype(options.arch, GENOTYPES)
     dataset = options.dataset or published.dataset
     size = options.image_size or DATASETS[dataset].image_size
     crop = size if published.recipe == "imagenet" else None

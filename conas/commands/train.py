@@ -15,6 +15,7 @@ from conas.darts import genotype as genotypes
 from conas.darts.batchnorm import use_exact_sums
 from conas.darts.derived import DerivedNetwork, count_parameters
 from conas.darts.genotype import Genotype
+from conas.darts.published import named_genotypes
 from conas.darts.space import Space
 from conas.data import imagenet_augment as photographs
 from conas.data.batches import Stream
@@ -252,4 +253,4 @@ def main(folder: Path, module, description: str, default: str | None = None, arg
     data, shape, *rest = parse(description, GROUPS, argv)
     if shape.arch is None and not shape.init_from:
         shape = replace(shape, arch=default)
-    train(Space(folder.name, folder), tuple(module.PRIMITIVES), arch.named_genotypes(module), data, shape, *rest)
+    train(Space(folder.name, folder), tuple(module.PRIMITIVES), named_genotypes(module), data, shape, *rest)

@@ -5,8 +5,21 @@ AmoebaNet  AmoebaNet-A, arXiv:1802.01548
 DARTS_V1   first order, arXiv:1806.09055
 DARTS_V2   second order, arXiv:1806.09055; the cell of the published checkpoints
 DARTS      DARTS_V2
+
+Those of the authors of CoNAS are named CONAS in the genotypes.py of each space; from elsewhere, cnn_space1/CONAS.
 """
+import difflib
+import re
+from collections.abc import Mapping
+from importlib import import_module
+from pathlib import Path
+
+from conas.darts import genotype as genotypes
 from conas.darts.genotype import Genotype
+from conas.darts.operations import OPERATIONS
+from conas.errors import InputError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 _NASNET = Genotype(
     normal=[
@@ -87,3 +100,29 @@ GENOTYPES = {
     "DARTS_V2": _DARTS_V2,
     "DARTS": _DARTS_V2,
 }
+
+
+def named_genotypes(module) -> dict[str, Genotype]:
+    """The published genotypes and those of a `genotypes.py`, by name; its own win."""
+    return GENOTYPES | {name: value for name, value in vars(module).items() if isinstance(value, Genotype)}
+
+
+def find_genotype(name: str, named: Mapping[str, Genotype], flag: str = "--arch ") -> Genotype:
+    """The genotype called `name`: one of `named`, SPACE/NAME of the genotypes.py in a space's folder, or a file .json.
+
+    Raises InputError, which begins with `flag` and the name, for another, with names that are near.
+    """
+    where = f"{flag}{name}"
+    if name in named:
+        return genotypes.check(named[name], where, OPERATIONS)
+    if name.endswith(".json"):
+        return genotypes.load(name, OPERATIONS)
+    space, _, own = name.rpartition("/")
+    if re.fullmatch(r"cnn\w*", space) and (ROOT / space / "genotypes.py").exists():
+        named = named_genotypes(import_module(f"{space}.genotypes"))
+        if own in named:
+            return genotypes.check(named[own], where, OPERATIONS)
+    by_lower = {known.lower(): known for known in named}
+    near = [by_lower[known] for known in difflib.get_close_matches(own.lower(), by_lower, 2, 0.5)] or sorted(named)
+    raise InputError(f"{where}: unknown; did you mean {' or '.join(near)}? A file must end in .json, and a name in the "
+                     "genotypes.py of another space begins with its folder, as cnn_space1/CONAS")

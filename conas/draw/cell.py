@@ -1,6 +1,7 @@
 """Draw genotypes and the committee as SVG or PNG, with matplotlib alone.
 
     python -m conas.draw cnn_space1/search-EXP/genotype.json --out cells
+    python -m conas.draw cnn_space1/CONAS DARTS_V2 --out cells
     python -m conas.draw --committee A=a.json B=b.json C=c.json --layers 20 --out img/committee.svg
 
 Equal genotypes give byte-identical files. Matplotlib is imported only when something is drawn.
@@ -17,6 +18,7 @@ from conas.cli import Parser as Parser
 from conas.cli import run
 from conas.darts.genotype import Edge, Genotype, load
 from conas.darts.operations import OPERATIONS
+from conas.darts.published import GENOTYPES, find_genotype
 from conas.draw.layout import RADIUS, Layout, Point, layout
 from conas.errors import InputError
 from conas.files import atomic_path
@@ -249,7 +251,8 @@ def block(picture: Picture, x: float, y: float, width: float, kind: str, count: 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line above. Raises InputError for unreadable genotypes and for pictures that cannot be written."""
     parser = Parser(prog="python -m conas.draw", description=__doc__.splitlines()[0])
-    parser.add_argument("genotypes", nargs="+", metavar="[NAME=]FILE", help="genotypes as JSON")
+    parser.add_argument("genotypes", nargs="+", metavar="[NAME=]FILE",
+                        help="genotypes as JSON, published names, or SPACE/NAME as cnn_space1/CONAS")
     parser.add_argument("--committee", action="store_true", help="draw the genotypes as one committee")
     parser.add_argument("--layers", type=int, default=20, help="cells of a committee's member (default: 20)")
     parser.add_argument("--out", required=True, help="folder for cells (several genotypes: in it, one folder for each, "
@@ -259,10 +262,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     for argument in values.genotypes:
         name, equals, file = argument.partition("=")
         if not equals or Path(argument).exists():
-            name, file = Path(argument).stem, argument
+            is_file = argument.endswith(".json") or Path(argument).exists()
+            name, file = Path(argument).stem if is_file else argument.replace("/", "-"), argument
         if name in members:
             raise InputError(f"{argument}: a second genotype called {name}; write NAME=FILE with distinct names")
-        members[name] = load(file, OPERATIONS)
+        members[name] = load(file, OPERATIONS) if Path(file).exists() else find_genotype(file, GENOTYPES, "")
     try:
         if values.committee:
             print(draw_committee(list(members.items()), values.out, values.layers))

@@ -166,8 +166,9 @@ def recipe_option(name: str, help: str, **limits):
 class NetworkOptions:
     """network"""
 
-    arch: str | None = option(None, "the cells: a published name, a name in genotypes.py, or a file NAME.json "
-                              "(default: what this space's last search found)")
+    arch: str | None = option(None, "the cells: a published name, a name in genotypes.py such as CONAS, the cell "
+                              "that the authors found in this space, or a file NAME.json (default: what this space's "
+                              "last search found)")
     search: str = option("EXP", "name of the search whose cells are trained")
     any_ops: bool = option(False, "let --arch use operations that this space does not search over")
     recipe: str | None = option(None, "network and defaults of the paper's experiments with small images, or with "

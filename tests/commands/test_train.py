@@ -14,12 +14,13 @@ from PIL import Image
 
 from cnn_space1 import genotypes as space1
 from cnn_space2 import genotypes as space2
+from cnn_space3 import genotypes as space3
 from conas.commands import cells as arch
 from conas.commands import scoring as evaluate
 from conas.commands import train
 from conas.commands.test_all import ScoredRun, existing_stages, score_checkpoints
 from conas.darts import genotype as genotypes
-from conas.darts.published import GENOTYPES
+from conas.darts.published import GENOTYPES, find_genotype, named_genotypes
 from conas.darts.space import Space
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
@@ -204,15 +205,22 @@ def test_photographs_take_the_recipe_for_imagenet(tmp_path):
 # which cells
 
 def test_names_of_cells(tmp_path):
-    named = arch.named_genotypes(space1)
-    assert arch.find_genotype("DARTS_V1", named) == GENOTYPES["DARTS_V1"]
+    named = named_genotypes(space1)
+    assert find_genotype("DARTS_V1", named) == GENOTYPES["DARTS_V1"]
     genotypes.save(tmp_path / "mine.json", DARTS)
-    assert arch.find_genotype(str(tmp_path / "mine.json"), named) == DARTS
-    for wrong, near in (("darts_v3", "DARTS_V"), ("amoebanet", "AmoebaNet"), ("nas", "NASNet"), ("x", "AmoebaNet or")):
+    assert find_genotype(str(tmp_path / "mine.json"), named) == DARTS
+    for wrong, near in (("darts_v3", "DARTS_V"), ("amoebanet", "AmoebaNet"), ("nasnt", "NASNet"), ("x", "Amoeb")):
         with pytest.raises(InputError, match=f"--arch {wrong}: unknown; did you mean {near}"):
-            arch.find_genotype(wrong, named)
+            find_genotype(wrong, named)
     space = type("module", (), {"PRIMITIVES": space1.PRIMITIVES, "MINE": GENOTYPES["DARTS_V1"]})
-    assert arch.find_genotype("MINE", arch.named_genotypes(space)) == GENOTYPES["DARTS_V1"]
+    assert find_genotype("MINE", named_genotypes(space)) == GENOTYPES["DARTS_V1"]
+    assert find_genotype("cnn_space3/CONAS", GENOTYPES) == space3.CONAS != find_genotype("CONAS", named) == space1.CONAS
+    for wrong in ("cnn_space3/CONS", "cnn_space3/conas"):
+        with pytest.raises(InputError, match=f"{wrong}: unknown; did you mean CONAS"):
+            find_genotype(wrong, GENOTYPES)
+    for wrong in ("cnn_space9/CONAS", "../cnn_space1/CONAS", "tests/CONAS", "/CONAS"):
+        with pytest.raises(InputError, match="unknown; did you mean"):
+            find_genotype(wrong, GENOTYPES)
 
 
 @pytest.mark.parametrize("change, words", [

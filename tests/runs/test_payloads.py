@@ -16,6 +16,7 @@ from conas.commands import test as measure
 from conas.commands.scoring import scores_for
 from conas.darts import genotype as genotypes
 from conas.darts.operations import OPERATIONS
+from conas.darts.published import find_genotype
 from conas.darts.space import Space
 from conas.data.images import load
 from conas.runs import checkpoint as checkpoints
@@ -59,7 +60,7 @@ OPENED = {
     "model_path.safetensors": lambda root, path: published(path),
     "init_from.pt": lambda root, path: lambda: arch.open_origin(str(path)),
     "init_from.safetensors": lambda root, path: lambda: arch.open_origin(str(path)),
-    "arch.json": lambda root, path: lambda: arch.find_genotype(str(path), {}),
+    "arch.json": lambda root, path: lambda: find_genotype(str(path), {}),
     "search-EXP/genotype.json": lambda root, path: lambda: genotypes.load(path, OPERATIONS),
     "search-EXP/args.json": lambda root, path: lambda: read_arguments(path.parent),
     "search-EXP/seconds.json": lambda root, path: lambda: study.read_seconds(path.parent),
