@@ -36,7 +36,7 @@ from ensemble.combine.selection import OBJECTIVES
 from ensemble.measure.metrics import confusion_matrix, softmax
 from ensemble.measure.shift import measure_shift
 from ensemble.measure.significance import compare
-from ensemble.report import html, pictures, report
+from ensemble.report import html, pictures, reference, report
 
 ROOT = Path(__file__).resolve().parent
 Pool = dict[str, tuple[Space, Path]]  # checkpoints by the name that reports give them
@@ -62,6 +62,8 @@ class CommitteeOptions:
         None, "another committee, given as for --members and combined alike, to test the gain over")
     task: str = option("images", "what the members do; language averages next-word probabilities of the best networks "
                        "of rnn's train.py, all of them unless --members names some", choices=["images", "language"])
+    reference: bool | None = option(None, "the authors' curve beside ours, in pictures, table and report (default: for "
+                                    "supernets on CIFAR-10)")
     report: bool = option(False, "write report.html too: all of this in one page")
     shift: bool = option(False, "test members and committee on corrupted test images too: 75 times as many")
 
@@ -100,11 +102,11 @@ def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Spa
         if ours.combination not in FITTED and not ours.temperatures:
             for members in progress(earlier, "epochs"):
                 committee = Committee(score(members, options), ours.combination)
-                epochs.append(report.evaluate(committee, paths_of(members)))
+                epochs.append(evaluated(committee, members, ours))
 
     fitted = try_fit(pool, ours, options)
     committee, best = build(pool, fitted, ours, options)
-    epochs.append(report.evaluate(committee, paths_of(pool), fitted))
+    epochs.append(evaluated(committee, pool, ours, fitted))
     significance = {"over_best_member": None, "over_other": None}
     if fitted:
         significance["over_best_member"] = {"name": fitted.best_member, **compare(
@@ -126,6 +128,12 @@ def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Spa
     if ours.report:
         paths.append(html.write(folder, ROOT, summary, committee, options.data))
     print(f"\nwritten to {folder}: {', '.join(path.name for path in paths)}")
+
+
+def evaluated(committee: Committee, pool: Pool, ours: CommitteeOptions, fitted: Fit | None = None) -> dict:
+    """An entry of the report's epochs, with what the published curve is compared with where it belongs beside it."""
+    entry = report.evaluate(committee, paths_of(pool), fitted)
+    return entry | {"rules": reference.accuracies(committee)} if reference.applies(ours.reference, committee) else entry
 
 
 def language_committee(ours: CommitteeOptions, options: TestOptions) -> None:

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from conas.data.images import full_name
 from conas.runs.scores import Scores
 from ensemble.combine.committee import check_same_images, mean_softmax, stack_logits
 from ensemble.measure import metrics
@@ -102,9 +103,9 @@ def compute(spaces: Sequence[str], size: int, costs: Mapping[str, Mapping]) -> d
 
 def as_text(summary: dict) -> str:
     """Tables of groups and of differences, with half-widths of their intervals, and the answer in a sentence."""
-    lines = [f"Committees of {summary['size']}, softmax mean, last epochs: {summary['dataset']}, {summary['images']} "
-             f"test images, {len(summary['seeds'])} seeds of each of {len(summary['spaces'])} spaces; mean ± half of "
-             "the 95 % interval over seeds", ""]
+    lines = [f"Committees of {summary['size']}, softmax mean, last epochs: {full_name(summary['dataset'])}, "
+             f"{summary['images']} test images, {len(summary['seeds'])} seeds of each of {len(summary['spaces'])} "
+             "spaces; mean ± half of the 95 % interval over seeds", ""]
     header = [FIGURES[name] for name in SHOWN]
     rows = [[name, str(group["committees"]), *(_cell(group["figures"][figure]) for figure in SHOWN),
              *(_amount(group["compute"][key], unit) for key, unit in

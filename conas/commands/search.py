@@ -14,7 +14,7 @@ from conas.darts.architect import Batch, Bilevel, constant_alphas
 from conas.darts.space import Space
 from conas.darts.supernet import Supernet
 from conas.data.batches import Stream, stratified_split
-from conas.data.images import load
+from conas.data.images import full_name, load
 from conas.draw.cell import check_pictures, draw_genotype
 from conas.draw.tensorboard import Board, summary_writer
 from conas.engine.check import check_engine
@@ -142,7 +142,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
                  else "first order: the alphas follow the validation gradient at the present weights (--no-unrolled)")
         run.log(f"{space.name}: {', '.join(space.primitives)}")
         run.log(order)
-        run.log(f"{data.dataset}: {len(halves[0])} images for weights, {len(halves[1])} for alphas, "
+        run.log(f"{full_name(data.dataset)}: {len(halves[0])} images for weights, {len(halves[1])} for alphas, "
                 f"{images.info.num_classes} classes; epochs {start} to {weights.epochs - 1} on {device}"
                 f"{' in bfloat16, alphas in float32' if amp else ''}{resumed(start, begun)}")
         for note in committee_notes(folder, arguments):

@@ -18,7 +18,7 @@ from conas.darts.space import Space
 from conas.darts.supernet import Supernet
 from conas.data import imagenet_augment as photographs
 from conas.data.imagefiles import RESIZES
-from conas.data.images import DATASETS, ImageSet, load
+from conas.data.images import DATASETS, ImageSet, full_name, load
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import best_checkpoint, folder_name
@@ -167,7 +167,7 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
         crop = checkpoint["dataset"].get("crop")
         images = load_images(path, checkpoint["dataset"], options.data, "test", options.skip_bad_images)
         print(f"{path}: {space.name}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")
-    print(f"{images.info.name}: {len(images)} test images, {images.info.num_classes} classes")
+    print(f"{full_name(images.info.name)}: {len(images)} test images, {images.info.num_classes} classes")
     figures = measure(network, images, options, crop)
     print(as_text(figures, beside))
     if model.export and figures["not_finite"]:

@@ -18,6 +18,7 @@ from conas.commands.scoring import (  # noqa: F401  what conas.evaluate, this mo
     validate,
 )
 from conas.darts.space import Space
+from conas.data.images import full_name
 from conas.errors import InputError
 from conas.files import write_text
 from conas.runs.folder import best_checkpoint, list_checkpoints
@@ -64,7 +65,7 @@ class ScoredRun:
         if distributed.rank() == 0:
             write_text(path, text.getvalue())
         self.show(f"{STAGES[self.stage]}: {len(self.rows)} checkpoints, {len(self._last.labels)} test images of "
-                  f"{self._last.dataset}: {path}")
+                  f"{full_name(self._last.dataset)}: {path}")
         if self.stage == "train":
             self._show_best()
 

@@ -19,7 +19,7 @@ from conas.darts.published import named_genotypes
 from conas.darts.space import Space
 from conas.data import imagenet_augment as photographs
 from conas.data.batches import Stream
-from conas.data.images import load
+from conas.data.images import full_name, load
 from conas.data.splits import generator, stratified_split
 from conas.engine import batchnorm as synced
 from conas.engine.convolutions import accelerate_convolutions
@@ -111,7 +111,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, Genotype]
             return run.folder
         run.log(f"{space.name}: the cells of {where}, {shape.layers} of them, {shape.init_channels} channels, "
                 f"{count_parameters(network):,} parameters; {'resumed' if start or begun else origin_of_weights}")
-        run.log(f"{data.dataset}: {len(parts[0])} images to train on, {len(parts[1])} held out, "
+        run.log(f"{full_name(data.dataset)}: {len(parts[0])} images to train on, {len(parts[1])} held out, "
                 f"{images.info.num_classes} classes; epochs {start} to {recipe.epochs - 1} on {device}"
                 f"{' in bfloat16' if amp else ''}{resumed(start, begun)}")
         for warning in stream.warnings():

@@ -35,6 +35,7 @@ class DataInfo:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     flip: bool       # whether the mirror image of an object still shows the object
+    remark: str = ""  # what every table says of it, if its name does not
 
     @property
     def num_classes(self) -> int:
@@ -51,7 +52,7 @@ _IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Class names come with the images.
 DATASETS = {info.name: info for info in (
     DataInfo("cifar10", (), 3, 32, *_CIFAR10, True),
-    DataInfo("cifar10_jpeg", (), 3, 32, *_CIFAR10, True),
+    DataInfo("cifar10_jpeg", (), 3, 32, *_CIFAR10, True, "JPEG copy, quality 75"),
     DataInfo("cifar100", (), 3, 32, (0.50707516, 0.48654887, 0.44091784), (0.26733429, 0.25643846, 0.27615047), True),
     DataInfo("svhn", (), 3, 32, (0.43768210, 0.44376970, 0.47280442), (0.19803012, 0.20101562, 0.19703614), False),
     DataInfo("fashionmnist", (), 1, 28, (0.28604059,), (0.35302424,), True),
@@ -60,6 +61,12 @@ DATASETS = {info.name: info for info in (
     DataInfo("folder", (), 3, 32, *_IMAGENET, True),
     DataInfo("digits", (), 1, 8, (0.30518072,), (0.37595157,), False),
 )}
+
+
+def full_name(name: str) -> str:
+    """A data set's name as tables show it: with its remark, if it has one."""
+    remark = DATASETS[name].remark if name in DATASETS else ""
+    return f"{name} ({remark})" if remark else name
 
 
 class LazyImages:

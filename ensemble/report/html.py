@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from conas.cli import Parser, run
+from conas.data.images import full_name
 from conas.errors import InputError
 from conas.files import write_text
 from conas.runs.folder import folder_name, read_arguments
@@ -61,7 +62,7 @@ def assemble(page: Page, arguments: dict[str, dict]) -> str:
     sections = page.sections(arguments)
     style, script = ((TEMPLATES / f"report.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
     return PAGE.format(
-        title=escape(f"Committee on {page.summary['dataset']}"), style=style, script=script,
+        title=escape(f"Committee on {full_name(page.summary['dataset'])}"), style=style, script=script,
         digest=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
         links="".join(f'<a href="#{key}">{title}</a>' for key, (title, _) in sections.items()),
         body="".join(f'<section id="{key}" aria-labelledby="h-{key}"><h2 id="h-{key}">{title}</h2>{inside}</section>'

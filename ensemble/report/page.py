@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 import conas
-from conas.data.images import ImageSet
+from conas.data.images import ImageSet, full_name
 from ensemble.combine.committee import Committee
 from ensemble.measure.diversity import uncertainty
 from ensemble.measure.metrics import bin_numbers, confusion_matrix
-from ensemble.report import svg
+from ensemble.report import reference, svg
 from ensemble.report.report import bounds_reached
 from ensemble.report.search_history import Search
 from ensemble.report.sprites import choose, sprite
@@ -116,17 +116,26 @@ class Page:
 
     def epochs(self) -> str:
         entries = self.summary["epochs"]
+        published = self.summary.get("reference")
         if len(entries) < 2:
-            return ""
+            return f"<p>{escape(reference.note(published, self.summary['images']))}</p>" if published else ""
         xs, names = [entry["epoch"] for entry in entries], [member["name"] for member in self.last["members"]]
         lines = {"committee": [entry["committee"]["top1"] for entry in entries]}
         for name in names:
             lines[name] = [next(m["top1"] for m in entry["members"] if m["name"] == name) for entry in entries]
-        table = _table(["epoch", *lines], ([str(x), *(f"{line[i]:.2f}" for line in lines.values())]
-                                           for i, x in enumerate(xs)))
-        return (f"<figure>{svg.curves(lines, xs, 'epoch', 'Top-1 accuracy by epoch; the numbers follow as a table')}"
-                f"<figcaption>Top-1 on the test images, %.</figcaption></figure><details><summary>Numbers</summary>"
-                f"{_scroll('Accuracy by epoch', table)}</details>")
+        caption, muted = "Top-1 on the test images, %.", set()
+        if published:
+            lines |= {reference.RULES[rule]: line for rule, line in published["ours"].items()
+                      if rule != self.summary["combination"]}
+            theirs = {f"published: {name}": [line[x] for x in xs if x < len(line)]
+                      for name, line in published["top1"].items()}
+            muted, lines = set(theirs), lines | theirs
+            caption += f" Grey, {reference.note(published, self.summary['images'])}."
+        table = _table(["epoch", *lines], ([str(x), *(f"{line[i]:.2f}" if i < len(line) else "" for line in
+                                                      lines.values())] for i, x in enumerate(xs)))
+        picture = svg.curves(lines, xs, "epoch", "Top-1 accuracy by epoch; the numbers follow as a table", muted)
+        return (f"<figure>{picture}<figcaption>{escape(caption)}</figcaption></figure><details>"
+                f"<summary>Numbers</summary>{_scroll('Accuracy by epoch', table)}</details>")
 
     def cells(self) -> str:
         if not self.searches:
@@ -215,7 +224,7 @@ class Page:
 
     def provenance(self, arguments: dict[str, dict]) -> str:
         held_out = self.summary["held_out"]
-        facts = [("data set", self.summary["dataset"]), ("test images", self.summary["images"]),
+        facts = [("data set", full_name(self.summary["dataset"])), ("test images", self.summary["images"]),
                  ("their SHA-256", self.summary["fingerprint"]),
                  ("held-out images decided", ", ".join(held_out["used_for"]) if held_out else "nothing"),
                  ("CoNAS", conas.__version__), ("PyTorch", torch.__version__), ("Python", sys.version.split()[0])]

@@ -5,9 +5,12 @@ from pathlib import Path
 
 from torch import Tensor
 
+from conas.data.images import full_name
 from conas.draw.cell import INK, defaults, save_figure
+from ensemble.report.reference import RULES
 
-MUTED, RULE, PAPER = "#52606d", "#e4e9ef", "#ffffff"
+MUTED, RULE, PAPER, PUBLISHED = "#52606d", "#e4e9ef", "#ffffff", "#9aa5b1"
+SHORTEST = 9  # the published curve is drawn to this epoch at least
 COLOURS = "#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9"  # Okabe and Ito, 2008
 DASHES = "-", (0, (5, 1.5)), (0, (1.5, 1.2))
 STYLE = {"font.size": 9, "text.color": INK, "text.parse_math": False,
@@ -37,6 +40,8 @@ def accuracy_figure(report: dict):
     figure = Figure(figsize=(7, 4.2), facecolor=PAPER, layout="constrained")
     axes = figure.add_subplot()
     marker = "o" if len(epochs) <= 20 else None
+    if published := report.get("reference"):
+        _draw_published(axes, published, max(epochs), report["combination"])
     for index, member in enumerate(report["epochs"][0]["members"]):
         axes.plot(epochs, [entry["members"][index]["top1"] for entry in report["epochs"]], label=_short(member["name"]),
                   color=COLOURS[index % len(COLOURS)], linewidth=1.4,
@@ -44,15 +49,32 @@ def accuracy_figure(report: dict):
     axes.plot(epochs, [entry["committee"]["top1"] for entry in report["epochs"]], label="committee", color=INK,
               linewidth=2.6, marker=marker, markersize=5)
     axes.set(title="Accuracy by epoch", xlabel="epoch", ylabel=f"top-1 on {report['images']:,} test images, %")
+    if full_name(report["dataset"]) != report["dataset"]:
+        axes.set_ylabel(f"{axes.get_ylabel()}\n{full_name(report['dataset'])}")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(steps=[1, 2, 5, 10]))
     axes.grid(color=RULE, linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles[-1:] + handles[:-1], labels[-1:] + labels[:-1], loc="outside right center", frameon=False,
+    order = sorted(range(len(labels)), key=lambda i: (labels[i].startswith("published"), labels[i] != "committee"))
+    figure.legend([handles[i] for i in order], [labels[i] for i in order], loc="outside right center", frameon=False,
                   handlelength=2.6)
     return figure
+
+
+def _draw_published(axes, published: dict, last: int, combination: str) -> None:
+    """The published curve under ours, as far as ours goes, and our committee by the other rule, for comparison."""
+    shown = max(last, SHORTEST) + 1
+    for index, (name, line) in enumerate(published["top1"].items()):
+        committee = name == "committee"
+        label = "published: committee" if committee else "published: supernets" if index == 1 else None
+        axes.plot(range(len(line))[:shown], line[:shown], label=label, color=PUBLISHED, zorder=1,
+                  linewidth=2.2 if committee else 0.9, linestyle=(0, (4, 1.5)) if committee else "-")
+    for (rule, line), style in zip(published["ours"].items(), ((0, (1, 1)), (0, (5, 1, 1, 1)))):
+        if rule != combination:
+            axes.plot(published["epochs"], line, label=f"committee, {RULES[rule]}", color=INK, linewidth=1,
+                      linestyle=style)
 
 
 def confusion_figure(matrix: Tensor, classes: Sequence[str], epoch: int):

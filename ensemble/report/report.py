@@ -14,6 +14,7 @@ A report is a plain dict, ready for JSON; accuracies are in percent, gains in pe
                   then members and committee of the last epoch have `calibrated`: {TEMPERATURE, FIGURES}
     significance  {over_best_member, over_other}, each None or {name, top1, loss, mcnemar} of `significance.compare`
     shift         None, or what `corruptions.summarise` returns
+    reference     None, or the published curve and ours beside it, as of `reference.beside`
 
 TEMPERATURE is temperature, by which logits are divided, and temperature_bound: None, or "lower" or "upper" where the
 fit stopped at that end of `calibration.RANGE`, for want of a minimum before it.
@@ -29,6 +30,7 @@ from pathlib import Path
 from torch import Tensor
 
 import conas
+from conas.data.images import full_name
 from conas.files import write_json, write_text
 from ensemble.combine.calibration import apply_temperature, bound
 from ensemble.combine.committee import Committee, span
@@ -36,6 +38,7 @@ from ensemble.combine.fit import Fit
 from ensemble.measure import metrics
 from ensemble.measure.diversity import diversity, uncertainty
 from ensemble.measure.metrics import confusion_matrix, nll, softmax, topk_accuracy
+from ensemble.report import reference
 
 
 def measure(probabilities: Tensor, labels: Tensor) -> dict:
@@ -101,13 +104,14 @@ def assemble(epochs: Sequence[dict], last: Committee, left_out: Mapping[str, Seq
             "dataset": last.dataset, "fingerprint": last.fingerprint, "images": len(last.labels),
             "classes": last.classes, "left_out": dict(left_out), "epochs": list(epochs),
             "held_out": fitted and {**fitted.about, "best_member": fitted.best_member},
-            "significance": significance or {"over_best_member": None, "over_other": None}, "shift": shift}
+            "significance": significance or {"over_best_member": None, "over_other": None}, "shift": shift,
+            "reference": reference.beside(epochs)}
 
 
 def as_text(report: dict) -> str:
     """The report for the terminal: the last epoch, what decided it and how sure it is, then all epochs if several."""
     epochs, last, classes = report["epochs"], report["epochs"][-1], len(report["classes"])
-    lines = [f"Committee of {len(last['members'])} by {report['combination']}: {report['dataset']}, "
+    lines = [f"Committee of {len(last['members'])} by {report['combination']}: {full_name(report['dataset'])}, "
              f"{report['images']} test images, {classes} classes"]
     lines += [f"{name} also has epoch{'s' * (len(extra) > 1)} {span(extra)}: left out, since not all members have them"
               for name, extra in report["left_out"].items()]
@@ -130,7 +134,7 @@ def as_text(report: dict) -> str:
             row.append(f"{f.get('weight', 1):.3f}")
     alike = len({member["epoch"] for member in last["members"]}) == 1
     lines += ["", *table([f"epoch {last['epoch']}" if alike else "member", *header], rows), *bounds_reached(last),
-              *_evidence(report)]
+              *_evidence(report), *_published(report)]
     if len(epochs) == 1:
         return "\n".join(lines)
 
@@ -183,6 +187,14 @@ def _evidence(report: dict) -> list[str]:
                      f"{', '.join(held_out['used_for'])}")
         lines.append(f"and the calibrated figures; the {report['images']} test images decided nothing of this")
     return lines
+
+
+def _published(report: dict) -> list[str]:
+    """The published curve beside the epochs of the report."""
+    if not (published := report.get("reference")):
+        return []
+    header, rows = reference.table_rows(published, report["epochs"])
+    return ["", *(table(header, rows) if rows else []), reference.note(published, report["images"])]
 
 
 def mean(values) -> float:

@@ -1,6 +1,6 @@
 """Pictures inside a web page: small SVG with real text, whose colours are CSS classes and follow the page's theme."""
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from functools import cache
 from html import escape
 from itertools import pairwise
@@ -61,8 +61,13 @@ def cell(edges: tuple[Edge, ...], concat: tuple[int, ...]) -> str:
     return svg(width, height, describe(edges, concat), "".join(parts), "cell")
 
 
-def curves(lines: Mapping[str, Sequence[float]], xs: Sequence[float], x_title: str, title: str) -> str:
-    """Lines of percentages over `xs`, each with its name at its end; the first is drawn strongest."""
+def curves(lines: Mapping[str, Sequence[float]], xs: Sequence[float], x_title: str, title: str,
+           muted: Collection[str] = ()) -> str:
+    """Lines of percentages over `xs`, each with its name at its end; the first is drawn strongest, `muted` ones grey.
+
+    A line may end earlier than `xs`; one that is empty is left out.
+    """
+    lines = {name: line for name, line in lines.items() if line}
     width, height, left, right, top, bottom = 860, 330, 46, 200, 14, 42
     values = [value for line in lines.values() for value in line]
     low, high = min(values), max(values)
@@ -89,9 +94,11 @@ def curves(lines: Mapping[str, Sequence[float]], xs: Sequence[float], x_title: s
                                     top + 4, height - bottom + 4)))
     for index, (name, line) in reversed(list(enumerate(lines.items()))):
         points = [place(x, y) for x, y in zip(xs, line)]
-        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3 if index else 4}"/>' for x, y in points)
+        marked = points if len(xs) <= 25 and name not in muted else ()
+        dots = "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{3 if index else 4}"/>' for x, y in marked)
+        kind = "muted" if name in muted else f"m{index % 7}"
         path = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-        parts.append(f'<g class="line m{index % 7}"><polyline points="{path}"/>{dots if len(xs) <= 25 else ""}'
+        parts.append(f'<g class="line {kind}"><polyline points="{path}"/>{dots}'
                      f'<text x="{points[-1][0] + 12:.0f}" y="{heights[name]:.1f}">{escape(short(name))} '
                      f'{line[-1]:.2f}</text></g>')
     return svg(width, height, title, "".join(parts), "chart")

@@ -17,13 +17,14 @@ from ensemble.report.page import Page
 CLASSES = ["plain", "comma, \"quote\"", "<script>alert(1)</script>", "$x^{$", "ä--日", "a long name " * 5]
 
 
-def make_scores(space, epoch, seed=0, images=40, classes=CLASSES, sha256="0" * 64, split="test"):
+def make_scores(space, epoch, seed=0, images=40, classes=CLASSES, sha256="0" * 64, split="test",
+                dataset="digits"):
     generator = torch.Generator().manual_seed(1000 * seed + epoch + 500 * (split == "valid"))
     labels = torch.arange(images) % len(classes)
     logits = 2 * torch.randn(images, len(classes), generator=generator)
     logits[torch.arange(images), labels] += 1 + 0.3 * epoch
     return Scores(logits=logits, labels=labels, space=space, stage="search", epoch=epoch, seed=seed, split=split,
-                  checkpoint_sha256=sha256, dataset="digits", fingerprint=split * 16, classes=list(classes))
+                  checkpoint_sha256=sha256, dataset=dataset, fingerprint=split * 16, classes=list(classes))
 
 
 def make_report(epochs=4, members=3, **options):
