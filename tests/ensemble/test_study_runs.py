@@ -38,7 +38,7 @@ def epochs(clone: Clone, seed: int) -> int:
 def test_runs_side_by_side_stop_at_one_signal_and_go_on(planned):
     command = [sys.executable, "-m", "ensemble.study", "run", "p.json", "--jobs", "2"]
     process = subprocess.Popen(command, cwd=planned.root, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 200
+    deadline = time.monotonic() + 400
     while not (epochs(planned, 1) and epochs(planned, 2)):
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()
         time.sleep(0.02)
