@@ -2,12 +2,13 @@
 from conas.darts.supernet import Supernet
 
 if "." in __name__:  # imported from the root, as a module of this folder
-    from .genotypes import PRIMITIVES
+    from . import genotypes
 else:  # imported by a script of this folder
-    from genotypes import PRIMITIVES
+    import genotypes
 
 
 class Network(Supernet):
     """DARTS' search network over this space's PRIMITIVES."""
 
-    primitives = PRIMITIVES
+    primitives = genotypes.PRIMITIVES
+    operations = getattr(genotypes, "OPERATIONS", {})  # of this space's own, by name

@@ -1,5 +1,5 @@
 """Which network is trained: its cells, by name or from a file, its size, and the weights that it begins with."""
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def found_genotype(space: Space, search: str) -> tuple[Genotype, Path]:
     if not path.exists():
         raise InputError(f"{path}: no such file; start train_search.py there first, or name another search with "
                          "--search, or cells with --arch")
-    return genotypes.load(path, OPERATIONS), path
+    return genotypes.load(path, space.operations), path
 
 
 def check_operations(genotype: Genotype, where: str, primitives: Collection[str]) -> None:
@@ -45,21 +45,22 @@ class Origin:
     path: str
     state: dict[str, Tensor]
     checkpoint: dict | None
+    operations: Collection[str] = tuple(OPERATIONS)
 
     @property
     def genotype(self) -> Genotype | None:
         """The cells, if they are known."""
-        return self.checkpoint and genotypes.from_json(self.checkpoint["genotype"], self.path, OPERATIONS)
+        return self.checkpoint and genotypes.from_json(self.checkpoint["genotype"], self.path, self.operations)
 
 
-def open_origin(path: str) -> Origin:
+def open_origin(path: str, operations: Mapping[str, Callable] = OPERATIONS) -> Origin:
     """The weights in a checkpoint of train.py, a .safetensors file or a published file."""
     content = checkpoints.read(path)
     if not checkpoints.is_ours(content):
         return Origin(path, checkpoints.published_state(path, content), None)
     checkpoint = checkpoints.check(path, content)
-    checkpoints.restore_derived(path, checkpoint)
-    return Origin(path, checkpoint["state"], checkpoint)
+    checkpoints.restore_derived(path, checkpoint, operations)
+    return Origin(path, checkpoint["state"], checkpoint, operations)
 
 
 def choose_cells(space: Space, primitives: Sequence[str], named: Mapping[str, object], shape: NetworkOptions,
@@ -67,7 +68,7 @@ def choose_cells(space: Space, primitives: Sequence[str], named: Mapping[str, ob
     """The cells to train, and where they come from in words. Raises InputError for those that may not be trained."""
     there = origin.genotype if origin else None
     if shape.arch is not None:
-        genotype, where = find_genotype(shape.arch, named), f"--arch {shape.arch}"
+        genotype, where = find_genotype(shape.arch, named, operations=space.operations), f"--arch {shape.arch}"
         if there is not None and genotypes.to_json(there) != genotypes.to_json(genotype):
             raise InputError(f"--init_from {origin.path}: was trained with other cells than {where}; without --arch, "
                              "its own are taken")
@@ -98,15 +99,16 @@ def fill_in(data: DataOptions, shape: NetworkOptions, recipe: RecipeOptions, ori
     return replace(data, image_size=size), replace(shape, recipe=kind), recipe
 
 
-def build(recipe: str, C: int, layers: int, auxiliary: bool, info: DataInfo, image_size: int, genotype: Genotype
-          ) -> DerivedNetwork:
+def build(recipe: str, C: int, layers: int, auxiliary: bool, info: DataInfo, image_size: int, genotype: Genotype,
+          operations: Mapping[str, Callable] = OPERATIONS) -> DerivedNetwork:
     """The network of a recipe for a data set. Raises InputError for images that it cannot take."""
     if recipe == "cifar":
-        return NetworkCIFAR(C, info.num_classes, layers, auxiliary, genotype, info.channels, image_size)
+        return NetworkCIFAR(C, info.num_classes, layers, auxiliary, genotype, info.channels, image_size,
+                            operations)
     if info.channels != 3:
         raise InputError(f"--recipe imagenet: is for colour images, but those of {info.name} are grey; give --recipe "
                          "cifar")
-    return NetworkImageNet(C, info.num_classes, layers, auxiliary, genotype, image_size)
+    return NetworkImageNet(C, info.num_classes, layers, auxiliary, genotype, image_size, operations)
 
 
 def begin_from(network: DerivedNetwork, origin: Origin) -> str:

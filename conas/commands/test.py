@@ -150,8 +150,9 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
          argv: list[str] | None = None, module=None) -> None:
     """The command `python test.py` of `folder`; with `published`, it also takes files of DARTS' code.
 
-    Then `module` is the folder's `genotypes.py`, which has names for --arch.
+    Then `module` is the folder's `genotypes.py`, which has names for --arch and operations of its own.
     """
+    own_operations = getattr(module, "OPERATIONS", None)
     groups = [ModelOptions, TestOptions, *([PublishedOptions] if published else [])]
     model, options, *published_options = parse(description, groups, argv)
     if model.export:
@@ -172,7 +173,7 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
             beside = published.figures
     else:
         checkpoint = checkpoints.check(path, content)
-        network = checkpoints.restore(path, checkpoint, space.name, network_class)
+        network = checkpoints.restore(path, checkpoint, space.name, network_class, own_operations)
         crop = checkpoint["dataset"].get("crop")
         images = load_images(path, checkpoint["dataset"], options.data, "test", options.skip_bad_images)
         print(f"{path}: {space.name}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")

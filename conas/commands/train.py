@@ -56,7 +56,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, object], 
     amp = find_precision(options.amp, device)
     if options.compile and processes.sync_bn and distributed.size() > 1:
         raise InputError("--compile: cannot compile what --sync_bn sends between processes; leave one of them out")
-    origin = arch.open_origin(shape.init_from) if shape.init_from else None
+    origin = arch.open_origin(shape.init_from, space.operations) if shape.init_from else None
     genotype, where = arch.choose_cells(space, primitives, named, shape, origin)
     data, shape, recipe = arch.fill_in(data, shape, recipe, origin)
     folder = space.train_folder(folder_name(options.save))
@@ -80,7 +80,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, object], 
 
     seed_generators(options.seed)
     network = arch.build(shape.recipe, shape.init_channels, shape.layers, shape.auxiliary, images.info,
-                         data.image_size, genotype)
+                         data.image_size, genotype, space.operations)
     origin_of_weights = arch.begin_from(network, origin) if origin else "all weights initialised at random"
     network.drop_path_images = recipe.batch_size
     use_exact_sums(accelerate_convolutions(network))
@@ -101,7 +101,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, object], 
         print(f"{folder}: all checks passed; without --check_only, the training begins")
         return folder
     with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
-        metrics, unfinished = resume(keeper, network, optimizer, about)
+        metrics, unfinished = resume(keeper, space, network, optimizer, about)
         begun = unfinished and unfinished["course"]
         start = len(metrics)
         mend_best(run, metrics)
@@ -237,14 +237,14 @@ def write_epoch(keeper: Keeper, state: dict, lasting: bool) -> None:
     run.write_metrics(state["metrics"])
 
 
-def resume(keeper: Keeper, network: DerivedNetwork, optimizer: torch.optim.Optimizer, about: dict
+def resume(keeper: Keeper, space: Space, network: DerivedNetwork, optimizer: torch.optim.Optimizer, about: dict
            ) -> tuple[list[dict], dict | None]:
     """Put the run's last state into network and optimizer; returns what `Keeper.resume` does."""
     def put(state: dict) -> None:
         if state["genotype"] != genotypes.to_json(network.genotype()):
             raise InputError(f"{keeper.path}: this run began with other cells than those it would train now; restore "
                              "them, or give --save another name")
-        network.load_state_dict(checkpoints.restore_derived(keeper.path, state).state_dict())
+        network.load_state_dict(checkpoints.restore_derived(keeper.path, state, space.operations).state_dict())
         optimizer.load_state_dict(state["optimizer"])
 
     return keeper.resume(about, put)
@@ -256,4 +256,5 @@ def main(folder: Path, module, description: str, default: str | None = None, arg
     if shape.arch is None and not shape.init_from:
         shape = replace(shape, arch=default)
     primitives = tuple(getattr(module, "PRIMITIVES", OPERATIONS))
-    train(Space(folder.name, folder), primitives, named_genotypes(module), data, shape, *rest)
+    space = Space(folder.name, folder, own_operations=getattr(module, "OPERATIONS", {}))
+    train(space, primitives, named_genotypes(module), data, shape, *rest)

@@ -3,13 +3,15 @@
 `state_dict` names and shapes are those of the published DARTS code, so that its checkpoints load, also those
 from before `num_batches_tracked`.
 """
+from collections.abc import Callable, Mapping
+
 import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from conas import distributed
 from conas.darts.genotype import Genotype, check
-from conas.darts.operations import OPERATIONS, FactorizedReduce, ReLUConvBN
+from conas.darts.operations import OPERATIONS, FactorizedReduce, ReLUConvBN, check_own
 from conas.darts.supernet import STEM_MULTIPLIER
 from conas.errors import InputError
 
@@ -18,7 +20,7 @@ class Cell(nn.Module):
     """A genotype's normal or reduction cell. Output: the concatenated states, (N, C_out, H', W')."""
 
     def __init__(self, genotype: Genotype, C_prev_prev: int, C_prev: int, C: int, reduction: bool,
-                 reduction_prev: bool):
+                 reduction_prev: bool, operations: Mapping[str, Callable] = OPERATIONS):
         super().__init__()
         kind = "reduce" if reduction else "normal"
         edges, self.concat = getattr(genotype, kind), list(getattr(genotype, f"{kind}_concat"))
@@ -29,7 +31,7 @@ class Cell(nn.Module):
         else:
             self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0)
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0)
-        self._ops = nn.ModuleList(OPERATIONS[operation](C, 2 if reduction and source < 2 else 1, True)
+        self._ops = nn.ModuleList(operations[operation](C, 2 if reduction and source < 2 else 1, True)
                                   for operation, source in edges)
 
     def forward(self, s0: Tensor, s1: Tensor, drop_path_prob: float = 0.0, images: int | None = None) -> Tensor:
@@ -91,20 +93,23 @@ class DerivedNetwork(nn.Module):
     Subclasses add stems of `C_stem` channels that halve the image `stem_halvings` times.
     `kind` is a subclass's key in NETWORKS, `arguments` are those of its constructor but the genotype. A training
     loop sets `drop_path_prob`, in [0, 1), and `drop_path_images`, the size of a batch over all processes; evaluation
-    ignores both. Raises InputError for a genotype that cannot be
-    built or an `image_size` that is too small.
+    ignores both. `operations` are those that the genotype names, a space's own among them. Raises InputError for a
+    genotype that cannot be built or an `image_size` that is too small.
     """
 
     kind: str
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype,
-                 image_size: int, C_stem: int, stem_halvings: int, second_norm: bool):
+                 image_size: int, C_stem: int, stem_halvings: int, second_norm: bool,
+                 operations: Mapping[str, Callable]):
         super().__init__()
         self.arguments = {"C": C, "num_classes": num_classes, "layers": layers, "auxiliary": auxiliary,
                           "image_size": image_size}
         self.drop_path_prob = 0.0
         self.drop_path_images: int | None = None
-        self._genotype = check(genotype, "genotype", OPERATIONS)
+        self._genotype = check(genotype, "genotype", operations)
+        used = {operation for operation, _ in [*genotype.normal, *genotype.reduce]}
+        check_own({name: operations[name] for name in used if operations[name] is not OPERATIONS.get(name)}, C, True)
         reductions = (layers // 3, 2 * layers // 3)
         size = _final_size(image_size, stem_halvings + len(set(reductions)), auxiliary)
         self.auxiliary_layer = reductions[1]
@@ -116,7 +121,7 @@ class DerivedNetwork(nn.Module):
             reduction = layer in reductions
             if reduction:
                 C *= 2
-            cell = Cell(genotype, C_prev_prev, C_prev, C, reduction, reduction_prev)
+            cell = Cell(genotype, C_prev_prev, C_prev, C, reduction, reduction_prev, operations)
             self.cells.append(cell)
             C_prev_prev, C_prev, reduction_prev = C_prev, cell.C_out, reduction
             if auxiliary and layer == self.auxiliary_layer:
@@ -165,10 +170,10 @@ class NetworkCIFAR(DerivedNetwork):
     kind = "cifar"
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype,
-                 in_channels: int = 3, image_size: int = 32):
+                 in_channels: int = 3, image_size: int = 32, operations: Mapping[str, Callable] = OPERATIONS):
         C_stem = STEM_MULTIPLIER * C
         super().__init__(C, num_classes, layers, auxiliary, genotype, image_size, C_stem, stem_halvings=0,
-                         second_norm=True)
+                         second_norm=True, operations=operations)
         self.arguments["in_channels"] = in_channels
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, C_stem, 3, padding=1, bias=False),
@@ -186,9 +191,9 @@ class NetworkImageNet(DerivedNetwork):
     kind = "imagenet"
 
     def __init__(self, C: int, num_classes: int, layers: int, auxiliary: bool, genotype: Genotype,
-                 image_size: int = 224):
+                 image_size: int = 224, operations: Mapping[str, Callable] = OPERATIONS):
         super().__init__(C, num_classes, layers, auxiliary, genotype, image_size, C, stem_halvings=3,
-                         second_norm=False)
+                         second_norm=False, operations=operations)
         self.stem0 = nn.Sequential(
             nn.Conv2d(3, C // 2, 3, stride=2, padding=1, bias=False),
             nn.BatchNorm2d(C // 2),

@@ -5,6 +5,7 @@ on edges from earlier states; the cell's output concatenates the nodes. See DART
 """
 import dataclasses
 import operator
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType, NoneType
@@ -19,6 +20,8 @@ from conas.files import read_json, write_json
 NODES = 4
 MOST_NODES = 64  # of a cell that somebody else has written
 EDGES = sum(2 + node for node in range(NODES))  # 14: every node hears all earlier states
+
+NAME = r"[\w.+-]{1,64}"  # of an operation
 
 Edge = tuple[str, int]  # operation, source state
 
@@ -73,30 +76,35 @@ def strongest(alphas: Tensor, primitives: Sequence[str]) -> tuple[Tensor, Tensor
     return best, operation
 
 
-def derive_cell(alphas: Tensor, primitives: Sequence[str]) -> list[Edge]:
+def derive_cell(alphas: Tensor, primitives: Sequence[str], edges: Tensor | None = None) -> list[Edge]:
     """The two strongest incoming edges of every node, from alphas of shape (EDGES, len(primitives)).
 
-    An edge is as strong as `strongest` says. Ties go to the earlier edge and the earlier operation. Both edges of a
-    node have distinct sources, since there is one edge for each source.
+    An edge is as strong as `strongest` says, times its own weight in `edges` (EDGES,), if these are given. Ties go to
+    the earlier edge and the earlier operation. Both edges of a node have distinct sources, since there is one edge for
+    each source.
     """
     best, operation = strongest(alphas, primitives)
+    if edges is not None:
+        best = best * edges.detach().double().cpu()
     cell, start = [], 0
     for node in range(NODES):
-        edges = range(start, start + 2 + node)
-        for edge in sorted(edges, key=lambda e: -best[e].item())[:2]:
+        incoming = range(start, start + 2 + node)
+        for edge in sorted(incoming, key=lambda e: -best[e].item())[:2]:
             cell.append((primitives[operation[edge]], edge - start))
-        start = edges.stop
+        start = incoming.stop
     return cell
 
 
-def derive(alphas_normal: Tensor, alphas_reduce: Tensor, primitives: Sequence[str]) -> Genotype:
-    """The genotype of a pair of alphas, each of shape (EDGES, len(primitives))."""
+def derive(alphas_normal: Tensor, alphas_reduce: Tensor, primitives: Sequence[str],
+           edges: tuple[Tensor | None, Tensor | None] = (None, None)) -> Genotype:
+    """The genotype of a pair of alphas, each of shape (EDGES, len(primitives)); `edges` are as of `derive_cell`."""
     concat = range(2, 2 + NODES)
-    return Genotype(derive_cell(alphas_normal, primitives), concat, derive_cell(alphas_reduce, primitives), concat)
+    return Genotype(derive_cell(alphas_normal, primitives, edges[0]), concat,
+                    derive_cell(alphas_reduce, primitives, edges[1]), concat)
 
 
-def check(genotype: Genotype, where: str, operations: Collection[str]) -> Genotype:
-    """Return `genotype` if a network can be built from it with `operations`.
+def check(genotype: Genotype, where: str, operations: Collection[str] | None) -> Genotype:
+    """Return `genotype` if a network can be built from it with `operations`; None stands for any name.
 
     Raises InputError, beginning with `where`, for an unknown operation, an edge from a state that does not exist
     yet, an odd number of edges, or a concatenation of states that the cell does not have.
@@ -107,8 +115,13 @@ def check(genotype: Genotype, where: str, operations: Collection[str]) -> Genoty
             raise InputError(f"{where}: {kind} has {len(edges)} edges; a cell needs two for each node, and has at most "
                              f"{MOST_NODES} nodes")
         for index, (operation, source) in enumerate(edges):
-            if operation not in operations:
-                raise InputError(f"{where}: {kind} edge {index} uses {operation!r}, not one of {', '.join(operations)}")
+            if operations is None:
+                if not re.fullmatch(NAME, operation):
+                    raise InputError(f"{where}: {kind} edge {index} uses {operation[:64]!r}, which is no name of an "
+                                     "operation: at most 64 letters, digits and _.+-")
+            elif operation not in operations:
+                raise InputError(f"{where}: {kind} edge {index} uses {operation!r}, not one of {', '.join(operations)}"
+                                 "; an operation of a space's own must be in OPERATIONS of its genotypes.py")
             if not 0 <= source < 2 + index // 2:
                 raise InputError(f"{where}: {kind} edge {index} comes from state {source}, but node {index // 2} "
                                  f"hears only states 0 to {1 + index // 2}")
@@ -124,7 +137,7 @@ def to_json(genotype: Genotype) -> dict:
             for name, value in genotype._asdict().items()}
 
 
-def from_json(obj, where: str, operations: Collection[str]) -> Genotype:
+def from_json(obj, where: str, operations: Collection[str] | None) -> Genotype:
     """The checked genotype in a decoded JSON object. Raises InputError, beginning with `where`."""
     if not isinstance(obj, dict) or set(obj) != set(Genotype._fields):
         raise InputError(f"{where}: a genotype is a JSON object with exactly the keys {', '.join(Genotype._fields)}")
@@ -208,7 +221,7 @@ def save(path: str | Path, genotype: Genotype) -> None:
     write_json(path, to_json(genotype))
 
 
-def load(path: str | Path, operations: Collection[str]) -> Genotype:
+def load(path: str | Path, operations: Collection[str] | None) -> Genotype:
     """Read and check a genotype. Raises InputError for a file that is missing, not JSON or not a genotype."""
     try:
         obj = read_json(path)

@@ -3,7 +3,8 @@
 Every operation maps (N, C, H, W) to (N, C, ceil(H/stride), ceil(W/stride)). Submodule names are those of the
 published DARTS code, so that its `state_dict` files load. `affine` is False throughout a supernet.
 """
-from collections.abc import Collection, Sequence
+import re
+from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
 from functools import lru_cache
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad
 
+from conas.darts.genotype import NAME
 from conas.errors import InputError
 
 RIGHT_GRADIENT = ("cpu",)  # devices on which torch's gradient of average pooling is right
@@ -144,6 +146,48 @@ OPERATIONS = {
     "dil_conv_5x5": lambda C, stride, affine: DilConv(C, 5, stride, affine),
     "conv_7x1_1x7": _conv_7x1_1x7,
 }
+
+
+def with_own(own: object) -> dict[str, Callable]:
+    """The operations by name, with those of a space's own, which win. Raises InputError for what is no such table."""
+    if not isinstance(own, Mapping) or not all(isinstance(name, str) and re.fullmatch(NAME, name) and callable(make)
+                                               for name, make in own.items()):
+        raise InputError("OPERATIONS of genotypes.py: must be a dict of functions (C, stride, affine) by name, of at "
+                         "most 64 letters, digits and _.+-")
+    return OPERATIONS | dict(own)
+
+
+def check_own(own: Mapping[str, Callable], C: int, affine: bool) -> None:
+    """Raise InputError unless each operation of a space's own maps states as a cell needs it, for both strides.
+
+    It must leave its input as it is, since other edges read it. The random generators stay where they are.
+    """
+    for name, make in own.items():
+        where = f"OPERATIONS of genotypes.py: {name}"
+        for stride in (1, 2):
+            x = torch.zeros(2, C, 8, 8)
+            try:
+                with torch.random.fork_rng(devices=[]), torch.no_grad():
+                    y = make(C, stride, affine)(x)
+            except Exception as error:  # whatever the code of somebody else raises
+                raise InputError(f"{where} fails with C={C}, stride={stride}, affine={affine}: "
+                                 f"{type(error).__name__}: {error}") from error
+            wanted = (2, C, 8 // stride, 8 // stride)
+            if not isinstance(y, Tensor) or y.shape != wanted:
+                found = tuple(y.shape) if isinstance(y, Tensor) else f"a {type(y).__name__}"
+                raise InputError(f"{where} makes {found} of {tuple(x.shape)} with stride {stride}; it must make "
+                                 f"{wanted}")
+            if x._version:
+                raise InputError(f"{where} changes its input, which other edges read; give its first layer "
+                                 "inplace=False")
+
+
+def choose_operations(primitives: Sequence[str], own: object, C: int) -> dict[str, Callable]:
+    """The operations that a supernet of C channels is built of, by name. Raises InputError for what cannot be used."""
+    operations = with_own(own)
+    check_primitives(primitives, operations)
+    check_own({name: make for name, make in own.items() if name in primitives}, C, affine=False)
+    return operations
 
 
 def check_primitives(primitives: Sequence[str], operations: Collection[str]) -> None:

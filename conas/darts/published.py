@@ -10,7 +10,7 @@ Those of the authors of CoNAS are named CONAS in the genotypes.py of each space;
 """
 import difflib
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib import import_module
 from pathlib import Path
 
@@ -107,21 +107,22 @@ def named_genotypes(module) -> dict[str, object]:
     return GENOTYPES | genotypes.may_be_genotypes(module)
 
 
-def find_genotype(name: str, named: Mapping[str, object], flag: str = "--arch ") -> Genotype:
+def find_genotype(name: str, named: Mapping[str, object], flag: str = "--arch ",
+                  operations: Collection[str] | None = OPERATIONS) -> Genotype:
     """The genotype called `name`: one of `named`, SPACE/NAME of the genotypes.py in a space's folder, or a file .json.
 
     Raises InputError, which begins with `flag` and the name, for another, with names that are near.
     """
     where = f"{flag}{name}"
     if name in named:
-        return genotypes.from_object(named[name], where, OPERATIONS)
+        return genotypes.from_object(named[name], where, operations)
     if name.endswith(".json"):
-        return genotypes.load(name, OPERATIONS)
+        return genotypes.load(name, operations)
     space, _, own = name.rpartition("/")
     if re.fullmatch(r"cnn\w*", space) and (ROOT / space / "genotypes.py").exists():
         named = named_genotypes(import_module(f"{space}.genotypes"))
         if own in named:
-            return genotypes.from_object(named[own], where, OPERATIONS)
+            return genotypes.from_object(named[own], where, operations)
     by_lower = {known.lower(): known for known in named}
     near = [by_lower[known] for known in difflib.get_close_matches(own.lower(), by_lower, 2, 0.5)] or sorted(named)
     raise InputError(f"{where}: unknown; did you mean {' or '.join(near)}? A file must end in .json, and a name in the "

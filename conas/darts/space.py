@@ -1,8 +1,10 @@
 """Find the search spaces: the only code that globs for `cnn_space*` folders."""
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
 
+from conas.darts.operations import with_own
 from conas.darts.supernet import Supernet
 from conas.errors import InputError
 
@@ -11,16 +13,22 @@ from conas.errors import InputError
 class Space:
     """A folder with a `model_search.py`: its name, where it is, and its supernet class.
 
-    Derived networks are trained and tested without that class.
+    Derived networks are trained and tested without that class; they need the operations that are the space's own.
     """
 
     name: str
     folder: Path
     network: type[Supernet] | None = None
+    own_operations: Mapping[str, Callable] = field(default_factory=dict, compare=False)
 
     @property
     def primitives(self) -> tuple[str, ...]:
         return tuple(self.network.primitives)
+
+    @property
+    def operations(self) -> dict[str, Callable]:
+        """Every operation that cells of this space may have, by name: those of conas, and its own, which win."""
+        return with_own(self.network.operations if self.network else self.own_operations)
 
     def search_folder(self, save: str) -> Path:
         """The run folder of `train_search.py --save SAVE`."""

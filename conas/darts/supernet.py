@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from conas.darts.batchnorm import BatchNorm2d, use_exact_sums
 from conas.darts.genotype import EDGES, NODES, Genotype, derive
-from conas.darts.operations import OPERATIONS, FactorizedReduce, ReLUConvBN, check_primitives
+from conas.darts.operations import OPERATIONS, FactorizedReduce, ReLUConvBN, choose_operations
 from conas.darts.passes import constant_alphas, frozen_statistics  # noqa: F401  a space imports them from here
 from conas.darts.stems import add_stem, stem_outputs
 
@@ -44,10 +44,9 @@ class SearchCell(nn.Module):
                  reduction_prev: bool, operations: Mapping[str, Callable] = OPERATIONS):
         super().__init__()
         self.reduction = reduction
-        if reduction_prev:  # the cell before the last has maps of twice the size
-            self.preprocess0 = FactorizedReduce(C_prev_prev, C, affine=False)
-        else:
-            self.preprocess0 = ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False)
+        # after a reduction, the cell before the last has maps of twice the size
+        self.preprocess0 = (FactorizedReduce(C_prev_prev, C, affine=False) if reduction_prev else
+                            ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False))
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
         self._ops = nn.ModuleList(self.mixed_op(primitives, C, 2 if reduction and source < 2 else 1, operations)
                                   for node in range(NODES) for source in range(2 + node))
@@ -78,13 +77,11 @@ class Supernet(nn.Module):
     def __init__(self, C: int = 16, num_classes: int = 10, layers: int = 8, in_channels: int = 3, stem: str = "cifar"):
         super().__init__()
         self.arguments = dict(C=C, num_classes=num_classes, layers=layers, in_channels=in_channels, stem=stem)
-        operations = OPERATIONS | dict(self.operations)
-        check_primitives(self.primitives, operations)
+        operations = choose_operations(self.primitives, self.operations, C)
         C_curr = STEM_MULTIPLIER * C
         add_stem(self, stem, in_channels, C_curr)
-        C_prev_prev, C_prev, C_curr = C_curr, C_curr, C
+        C_prev_prev, C_prev, C_curr, reduction_prev = C_curr, C_curr, C, stem == "imagenet"  # whose outputs shrink
         self.cells = nn.ModuleList()
-        reduction_prev = stem == "imagenet"  # whose second output has half the size of its first
         for layer in range(layers):
             reduction = layer in (layers // 3, 2 * layers // 3)
             if reduction:
@@ -100,20 +97,21 @@ class Supernet(nn.Module):
         self._order: dict[str, nn.Parameter] | None = None
 
     def forward(self, x: Tensor, w: Tensor | None = None) -> Tensor:
-        """Logits (N, num_classes) of images (N, in_channels, H, W), by the network's own weights or by flat ones."""
+        """Logits (N, num_classes) of images (N, in_channels, H, W); flat weights `w` take the place of its own."""
         if w is not None:
             return self.with_weights(x, w)
         s0, s1 = stem_outputs(self, x.contiguous(memory_format=torch.channels_last))  # the layout that all maps inherit
-        normal, reduce = self.alphas_normal.softmax(dim=-1), self.alphas_reduce.softmax(dim=-1)
+        shares = {kind: self.shares(kind) for kind in ("normal", "reduce")}
         for cell in self.cells:
-            s0, s1 = s1, cell(s0, s1, reduce if cell.reduction else normal)
+            s0, s1 = s1, cell(s0, s1, shares["reduce" if cell.reduction else "normal"])
         return self.classifier(s1.mean(dim=(2, 3)))
 
-    def with_weights(self, x: Tensor, w: Tensor) -> Tensor:
-        """`forward` with the weights in the flat vector `w` in place of the network's own.
+    def shares(self, kind: str) -> Tensor:
+        """What the cells of a kind, "normal" or "reduce", weigh by: (EDGES, P), a row for each mixed edge."""
+        return getattr(self, f"alphas_{kind}").softmax(dim=-1)
 
-        An engine may put in its place, on a network, what computes the same numbers faster.
-        """
+    def with_weights(self, x: Tensor, w: Tensor) -> Tensor:
+        """`forward` by the weights in the flat vector `w`. An engine may replace it by a faster function."""
         order = self.flat_order()
         parts = w.split([p.numel() for p in order.values()])
         state = {name: part.view(p.shape) for (name, p), part in zip(order.items(), parts)}

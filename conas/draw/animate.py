@@ -15,7 +15,6 @@ from PIL import Image
 
 from conas.cli import Parser, run
 from conas.darts.genotype import Genotype, load
-from conas.darts.operations import OPERATIONS
 from conas.draw.cell import Picture, cell_picture, defaults
 from conas.errors import InputError
 from conas.files import atomic_path
@@ -25,7 +24,7 @@ DPI, MARGIN = 110, 0.3  # inches above the cell, for the epoch
 
 def genotypes_by_epoch(folder: Path) -> dict[int, Genotype]:
     """The cells of a search in `folder` after each epoch. Raises InputError if there are none."""
-    found = {int(match[1]): load(path, OPERATIONS) for path in sorted((folder / "genotypes").glob("epoch_*.json"))
+    found = {int(match[1]): load(path, None) for path in sorted((folder / "genotypes").glob("epoch_*.json"))
              if (match := re.fullmatch(r"epoch_(\d+)\.json", path.name))}
     if not found:
         raise InputError(f"{folder}: holds no genotypes of a search; name a folder cnn_spaceN/search-EXP")

@@ -17,7 +17,6 @@ from pathlib import Path
 from conas.cli import Parser as Parser
 from conas.cli import run
 from conas.darts.genotype import Edge, Genotype, load
-from conas.darts.operations import OPERATIONS
 from conas.darts.published import GENOTYPES, find_genotype
 from conas.draw.layout import RADIUS, Layout, Point, layout
 from conas.errors import InputError
@@ -266,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             name, file = Path(argument).stem if is_file else argument.replace("/", "-"), argument
         if name in members:
             raise InputError(f"{argument}: a second genotype called {name}; write NAME=FILE with distinct names")
-        members[name] = load(file, OPERATIONS) if Path(file).exists() else find_genotype(file, GENOTYPES, "")
+        members[name] = load(file, None) if Path(file).exists() else find_genotype(file, GENOTYPES, "", None)
     try:
         if values.committee:
             print(draw_committee(list(members.items()), values.out, values.layers))

@@ -31,6 +31,9 @@ class Board:
             if name != "epoch":
                 self.writer.add_scalar(name.replace("_", "/", 1), value, epoch)
         for name, values in alphas.items():
+            if values.dim() != 2:  # of a space's own cell
+                self.writer.add_histogram(name, values.detach().flatten(), epoch)
+                continue
             probabilities = torch.softmax(values.detach().double().cpu(), dim=-1)
             entropy = torch.special.entr(probabilities).sum(dim=-1).mean().item()
             self.writer.add_scalar(f"entropy/{name}", entropy, epoch)

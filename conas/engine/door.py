@@ -13,7 +13,7 @@ from conas.engine.edges import is_computed
 from conas.engine.packed import PackedPass
 
 # What packed edges compute in place of: any other class, or a method that an instance or a class replaced, is unknown.
-METHODS = {Supernet: ("forward", "with_weights", "packing", "flat", "flat_order", "alphas", "weights"),
+METHODS = {Supernet: ("forward", "shares", "with_weights", "packing", "flat", "flat_order", "alphas", "weights"),
            SearchCell: ("forward",), MixedOp: ("forward",)}
 
 

@@ -15,7 +15,7 @@ import io
 import json
 import warnings
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 import conas
 from conas.darts import genotype as genotypes
 from conas.darts.derived import NETWORKS, DerivedNetwork
-from conas.darts.operations import OPERATIONS
+from conas.darts.operations import OPERATIONS, check_primitives, with_own
 from conas.darts.supernet import Supernet
 from conas.errors import InputError
 from conas.files import atomic_path, check_regular, check_writable, check_zip
@@ -128,32 +128,37 @@ def published_state(path: str | Path, content: object) -> dict[str, Tensor]:
     return content
 
 
-def restore(path: str | Path, checkpoint: dict, space: str, network_class: type[Supernet] | None = None
-            ) -> Supernet | DerivedNetwork:
+def restore(path: str | Path, checkpoint: dict, space: str, network_class: type[Supernet] | None = None,
+            own_operations: Mapping[str, Callable] | None = None) -> Supernet | DerivedNetwork:
     """The network of a loaded checkpoint, if it belongs to `space`; else InputError.
 
     A supernet must have the primitives of `network_class`, and names and not shapes decide: spaces with equally many
-    primitives have tensors of equal shapes. Derived networks do not need `network_class`.
+    primitives have tensors of equal shapes. Derived networks need only the operations of `network_class`, or
+    `own_operations` without it.
     """
     if checkpoint["space"] != space:
         raise InputError(f"{path}: written by {checkpoint['space']}, not by {space}; name a file of this folder, or "
                          f"move that run out of {space} and start another there")
+    operations = with_own(network_class.operations if network_class else own_operations or {})
     if checkpoint["stage"] == "train" or network_class is None:
-        return restore_derived(path, checkpoint)
+        return restore_derived(path, checkpoint, operations)
     if checkpoint["primitives"] != list(network_class.primitives):
         raise InputError(f"{path}: searched over {', '.join(checkpoint['primitives'])}, but genotypes.py of {space} "
                          f"now lists {', '.join(network_class.primitives)}; restore that list or search again")
+    check_primitives(network_class.primitives, operations)
     return rebuild(path, checkpoint, network_class, checkpoint["network"])
 
 
-def restore_derived(path: str | Path, checkpoint: dict) -> DerivedNetwork:
-    """The derived network of a loaded checkpoint of any space. Raises InputError for a supernet."""
+def restore_derived(path: str | Path, checkpoint: dict, operations: Mapping[str, Callable] = OPERATIONS
+                    ) -> DerivedNetwork:
+    """The derived network of a loaded checkpoint, built of `operations`. Raises InputError for a supernet."""
     if checkpoint["stage"] != "train" or checkpoint["network"].get("kind") not in list(NETWORKS):
         raise InputError(f"{path}: is of the stage {checkpoint['stage']!r}, and no retrained network; train.py writes "
                          "those")
-    genotype = genotypes.from_json(checkpoint["genotype"], str(path), OPERATIONS)
+    genotype = genotypes.from_json(checkpoint["genotype"], str(path), operations)
     arguments = {name: value for name, value in checkpoint["network"].items() if name != "kind"}
-    return rebuild(path, checkpoint, NETWORKS[checkpoint["network"]["kind"]], arguments | {"genotype": genotype})
+    return rebuild(path, checkpoint, NETWORKS[checkpoint["network"]["kind"]], arguments | {
+        "genotype": genotype, "operations": operations})
 
 
 def rebuild(path: str | Path, checkpoint: dict, network_class: type, arguments: dict) -> Supernet | DerivedNetwork:
