@@ -9,8 +9,6 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(1, str(HERE.parent))  # the repository, so that a bare clone runs from any folder
 
-import genotypes
-
 from conas import cli
 from conas.commands import test as measure
 
@@ -18,4 +16,6 @@ PAPER = measure.Published("imagenet", "imagenet", {"top1_error": 26.7, "top5_err
                           images=50_000, classes=1000)
 
 if __name__ == "__main__":
+    import genotypes  # of this folder; the figures above are read from elsewhere too
+
     sys.exit(cli.run(lambda: measure.main(HERE, None, __doc__, PAPER, module=genotypes)))
