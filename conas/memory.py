@@ -23,7 +23,8 @@ def keep_freed_memory() -> bool:
 
 # of RuntimeErrors: PyTorch's allocators on CPU, CUDA and Metal, C++, cuBLAS and cuDNN, oneDNN, threads, shared memory
 SIGNS = ("out of memory", "can't allocate memory", "cannot allocate memory", "not enough memory", "bad_alloc",
-         "status_alloc_failed", "could not create a memory", "can't start new thread", "unable to mmap")
+         "status_alloc_failed", "could not create a memory", "could not create a primitive",
+         "can't start new thread", "unable to mmap")
 # flags in the order of what a smaller value saves, and how that is said
 SMALLER = {"batch_size": "a smaller --batch_size", "image_size": "a smaller --image_size",
            "checkpoint_cells": "--checkpoint_cells", "init_channels": "fewer --init_channels",

@@ -121,7 +121,7 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
         with network_of(average):
             mend_best(run, metrics, None if begun else checkpoints.describe(
                 network, space=space.name, epoch=start - 1, dataset=about, arguments=arguments,
-                primitives=module.PRIMITIVES))
+                primitives=primitives))
         if start == sgd.epochs:
             run.log(f"{run.folder}: this training is finished; --save NAME starts another, --extend goes on to more "
                     "--epochs")

@@ -187,12 +187,12 @@ def test_a_plan_names_data_as_they_are_seen_from_where_it_is_written(tmp_path, m
     fill(tmp_path / "my data", {"a": 5})
     monkeypatch.chdir(tmp_path)
     flags = "--dataset folder --data 'my data' --epochs 1"
-    made = study.plan(study.PlanOptions(flags=flags, train_flags="--arch=ban.json --init_from w.pt --search data",
+    made = study.plan(study.PlanOptions(flags=flags, train_flags="--arch=ban.json --init_from w.pt --recipe cifar",
                                         stage="train", seeds=3))
     words = made["runs"][0]["commands"]
     assert words[0][:5] == ["train_search.py", "--dataset", "folder", "--data", str(tmp_path / "my data")]
-    assert words[1][1:5] == [f"--arch={tmp_path / 'ban.json'}", "--init_from", str(tmp_path / "w.pt"), "--search"]
-    assert words[1][5] == "data"
+    assert words[1][1:5] == [f"--arch={tmp_path / 'ban.json'}", "--init_from", str(tmp_path / "w.pt"), "--recipe"]
+    assert words[1][5] == "cifar"
     study.write_plan(Path("study.json"), made)
     old = study.plan(study.PlanOptions(flags="--dataset folder --data DATA", seeds=3))
     relative = os.path.relpath(tmp_path / "my data", study.ROOT / "cnn_space1")
