@@ -2,7 +2,8 @@
 
 In the folder of a run:
 
-    args.json     lists under `folders` where that folder was whenever the run was started
+    args.json     says under `folders` where that folder was when the run was started
+    folders.json  lists where it has moved to since
     moved.json    data that are no longer where the run had them, and where --data found them instead
 """
 import os
@@ -14,7 +15,7 @@ from conas import distributed
 from conas.errors import InputError
 from conas.files import read_json, write_json
 
-MOVED = "moved.json"
+MOVED, FOLDERS = "moved.json", "folders.json"
 
 
 def absolute(path: str, *bases: str | Path) -> str:
@@ -55,19 +56,25 @@ def same(one: object, other: object, *bases: str | Path) -> bool:
 
 
 def earlier_folders(run: Path) -> list[str]:
-    """Where the folder of a run has been, as far as its args.json tells; none if that cannot be read."""
+    """Where the folder of a run has been, as far as its files tell: where it was made, then where it has moved to."""
+    return [*_texts(run / "args.json", "folders"), *_texts(run / FOLDERS, None)]
+
+
+def _texts(path: Path, key: str | None) -> list[str]:
+    """The texts of a list in a JSON file, of its field `key` if that is given; none if it cannot be read."""
     try:
-        folders = read_json(run / "args.json").get("folders", [])
+        content = read_json(path)
+        content = content if key is None else content.get(key, [])
     except (OSError, ValueError, AttributeError):
         return []
-    return [folder for folder in folders if isinstance(folder, str)] if isinstance(folders, list) else []
+    return [text for text in content if isinstance(text, str)] if isinstance(content, list) else []
 
 
 def note_folder(run: Path) -> None:
-    """Add to the args.json of a run where its folder is now, if that is not there."""
-    here, content = os.path.abspath(run), read_json(run / "args.json")
-    if (folders := earlier_folders(run))[-1:] != [here]:
-        write_json(run / "args.json", content | {"folders": [*folders, here]})
+    """Record where the folder of a run is now, unless its files say so. args.json itself stays as it was written."""
+    here = os.path.abspath(run)
+    if earlier_folders(run)[-1:] != [here]:
+        write_json(run / FOLDERS, [*_texts(run / FOLDERS, None), here])
 
 
 def moved_along(run: Path, path: str) -> Iterator[Path]:

@@ -2,7 +2,7 @@
 
     search-EXP/                                     of train_search.py; train-EXP/ is of train.py
         args.json  log.txt  metrics.jsonl           arguments, what was printed, one line of numbers an epoch
-        moved.json                                  where its data are, if they have moved: conas/places.py
+        moved.json  folders.json                    where its data and it itself are, if moved: conas/places.py
         checkpoints/epoch_000.pt ...                networks by epoch
         resume.pt  resume.before.pt                 all that the next step needs, and the same of some minutes earlier
         checkpoints/best.pt                         train-EXP: the network that did best on the held-out images
