@@ -6,10 +6,11 @@ from itertools import chain, combinations, product
 import numpy as np
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from conas.data.images import full_name
 from conas.runs.scores import Scores
-from ensemble.combine.committee import check_same_images, mean_softmax, stack_logits
+from ensemble.combine.committee import check_same_images, member_mean, stack_logits
 from ensemble.measure import metrics
 from ensemble.measure.diversity import diversity, uncertainty
 from ensemble.measure.significance import jackknife
@@ -30,12 +31,14 @@ def members_of(spaces: Sequence[str], seeds: Sequence[int], size: int) -> list[t
     return [tuple(chain(*parts)) for parts in product(*by_space)]
 
 
-def measure(logits_MBC: Tensor, labels: Tensor) -> list[float]:
-    """The FIGURES of the softmax mean of members, in that order; Q is NaN where it is not defined."""
-    probabilities = mean_softmax(logits_MBC)
-    answers = logits_MBC.argmax(dim=2)
+def measure(probabilities_MBC: Tensor, answers: Tensor, labels: Tensor) -> list[float]:
+    """The FIGURES of the mean of the members' probabilities, in that order; Q is NaN where it is not defined.
+
+    `answers` (M, B) are the members' classes, `labels` (B,).
+    """
+    probabilities = member_mean(probabilities_MBC)
     varied = diversity(answers, labels)
-    doubt = uncertainty(metrics.softmax(logits_MBC)).mutual_information.mean().item()
+    doubt = uncertainty(probabilities_MBC).mutual_information.mean().item()
     q = math.nan if varied.q_statistic is None else varied.q_statistic
     return [100 * metrics.topk_accuracy(probabilities, labels), metrics.nll(probabilities, labels),
             metrics.brier(probabilities, labels), metrics.ece(probabilities, labels),
@@ -57,7 +60,11 @@ def compare_groups(scores: Mapping[Member, Scores], size: int, costs: Mapping[st
     stack_logits({f"{space}, seed {seed}": s for (space, seed), s in scores.items()})
     spaces, seeds = (list(dict.fromkeys(column)) for column in zip(*scores))
     labels, known = next(iter(scores.values())).labels, {}
+    softmax = {member: metrics.softmax(of.logits) for member, of in scores.items()}  # each is in many committees
+    answers = {member: of.logits.argmax(dim=1) for member, of in scores.items()}
     groups = {MIXED: spaces, **{f"{space} alone": [space] for space in spaces}}
+    count = {name: len(members_of(members, seeds, size)) for name, members in groups.items()}
+    bar = tqdm(total=sum(count.values()), desc="committees", leave=False, disable=None)
 
     def group_means(chosen: Sequence[int]) -> np.ndarray | None:
         """(G, F) means over the committees of each group that these seeds allow."""
@@ -68,7 +75,9 @@ def compare_groups(scores: Mapping[Member, Scores], size: int, costs: Mapping[st
                 return None
             for committee in committees:
                 if committee not in known:
-                    known[committee] = measure(torch.stack([scores[member].logits for member in committee]), labels)
+                    known[committee] = measure(*(torch.stack([of[member] for member in committee])
+                                                 for of in (softmax, answers)), labels)
+                    bar.update()
             rows.append(np.mean([known[committee] for committee in committees], axis=0))
         return np.array(rows)
 
@@ -79,7 +88,8 @@ def compare_groups(scores: Mapping[Member, Scores], size: int, costs: Mapping[st
             return None
         return np.concatenate([means, means[:1] - means[1:].mean(axis=0), means[0] - means[1:]]).ravel()
 
-    intervals = iter(jackknife(everything, seeds))
+    with bar:
+        intervals = iter(jackknife(everything, seeds))
 
     def figures() -> dict:
         found = {name: next(intervals)._asdict() for name in FIGURES}
@@ -89,7 +99,7 @@ def compare_groups(scores: Mapping[Member, Scores], size: int, costs: Mapping[st
     first = next(iter(scores.values()))
     return {"format": "conas-study-report", "dataset": first.dataset, "fingerprint": first.fingerprint,
             "images": len(labels), "size": size, "spaces": spaces, "seeds": seeds,
-            "groups": {name: {"committees": len(members_of(members, seeds, size)),
+            "groups": {name: {"committees": count[name],
                               "compute": compute(members, size, costs), "figures": figures()}
                        for name, members in groups.items()},
             "differences": {name: figures() for name in ("mean of the spaces alone", *list(groups)[1:])}}

@@ -10,13 +10,13 @@ from torch import Tensor
 from conas.errors import InputError
 from conas.runs.scores import Scores
 from ensemble.combine.calibration import apply_temperature
-from ensemble.measure.diversity import weighted_sum
+from ensemble.measure.diversity import ascending, weighted_sum
 from ensemble.measure.metrics import softmax
 
 
 def mean_softmax(logits_MBC: Tensor) -> Tensor:
     """(B, C) float64: softmax over the classes for each member, then the mean over the members."""
-    return _mean(softmax(logits_MBC))
+    return member_mean(softmax(logits_MBC))
 
 
 def geometric_mean(logits_MBC: Tensor) -> Tensor:
@@ -24,12 +24,12 @@ def geometric_mean(logits_MBC: Tensor) -> Tensor:
 
     This is `logit_mean` in other words: what a member's softmax divides by is the same for all classes of an image.
     """
-    return softmax(_mean(logits_MBC.double().log_softmax(dim=2)))
+    return softmax(member_mean(logits_MBC.double().log_softmax(dim=2)))
 
 
 def logit_mean(logits_MBC: Tensor) -> Tensor:
     """(B, C) float64: the softmax of the mean of the members' logits."""
-    return softmax(_mean(logits_MBC.double()))
+    return softmax(member_mean(logits_MBC.double()))
 
 
 def logit_sum(logits_MBC: Tensor) -> Tensor:
@@ -37,7 +37,7 @@ def logit_sum(logits_MBC: Tensor) -> Tensor:
 
     It picks the classes that `logit_mean` picks, but more sharply the more members there are, so only its loss differs.
     """
-    return softmax(logits_MBC.double().sort(dim=0).values.sum(dim=0))
+    return softmax(ascending(logits_MBC.double()).sum(dim=0))
 
 
 def majority_vote(logits_MBC: Tensor) -> Tensor:
@@ -55,9 +55,9 @@ def weighted_mean(logits_MBC: Tensor, weights_M: Tensor) -> Tensor:
     return weighted_sum(softmax(logits_MBC), weights_M.double())
 
 
-def _mean(values_MBC: Tensor) -> Tensor:
+def member_mean(values_MBC: Tensor) -> Tensor:
     """The mean over members, to the last bit the same in any order of members, and the member's own if all agree."""
-    ordered_MBC = values_MBC.sort(dim=0).values
+    ordered_MBC = ascending(values_MBC)
     return ordered_MBC[0] + (ordered_MBC - ordered_MBC[0]).mean(dim=0)
 
 

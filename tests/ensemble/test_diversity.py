@@ -5,7 +5,7 @@ import pytest
 import scipy.stats
 import torch
 
-from ensemble.measure.diversity import diversity, uncertainty
+from ensemble.measure.diversity import ascending, diversity, uncertainty
 
 
 def test_by_hand():
@@ -77,3 +77,11 @@ def test_uncertainty_is_the_same_in_any_order_of_the_members_and_nothing_between
         assert all(torch.equal(a, b) for a, b in zip(first, other))
     same = uncertainty(p[:1].expand(4, -1, -1), w)
     assert (same.mutual_information == 0).all() and torch.equal(same.total, uncertainty(p[:1]).total)
+
+
+@pytest.mark.parametrize("M", [1, 2, 3, 5, 8, 9])
+def test_members_in_order_are_what_sort_says(M):
+    values = torch.randn(M, 50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(M))
+    values[:, 7] = values[0, 7]
+    values[-1, 3, 2] = -torch.inf
+    assert torch.equal(ascending(values), values.sort(dim=0).values)
