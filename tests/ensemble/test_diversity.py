@@ -82,6 +82,6 @@ def test_uncertainty_is_the_same_in_any_order_of_the_members_and_nothing_between
 @pytest.mark.parametrize("M", [1, 2, 3, 5, 8, 9])
 def test_members_in_order_are_what_sort_says(M):
     values = torch.randn(M, 50, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(M))
-    values[:, 7] = values[0, 7]
+    values[:, 7] = values[0, 7].clone()
     values[-1, 3, 2] = -torch.inf
     assert torch.equal(ascending(values), values.sort(dim=0).values)
