@@ -7,9 +7,11 @@
     python -m ensemble.study run study.json --part 2/3        # the second of three machines
     python -m ensemble.study plan study.json --slurm study.sh # and a script for a cluster: sbatch study.sh
     python -m ensemble.study report study.json                # study-report.json, and a table
+    python -m ensemble.study keep study.json --to FOLDER      # predictions and costs without networks, for a repository
 
 The plan lists every run with its commands, which are those of the README: run them wherever you like, and copy the
-folders cnn_spaceN/search-STUDY-SEED (and train-...) together before the report.
+folders cnn_spaceN/search-STUDY-SEED (and train-...) together before the report. `run` and `report` also take the plan
+in a folder that `keep` has written: what was kept there is not run again.
 """
 import shlex
 import sys
@@ -17,25 +19,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
-
 from conas import cli
 from conas.cli import option
 from conas.commands import search, train
-from conas.commands.scoring import scores_for
-from conas.darts.space import Space, discover
-from conas.data.images import DATASETS
+from conas.darts.space import discover
 from conas.errors import InputError
 from conas.files import read_json, write_json
 from conas.places import absolute_words
-from conas.runs.checkpoint import load, restore
-from conas.runs.folder import FREE, folder_name, list_checkpoints, read_arguments
+from conas.runs.folder import folder_name
 from conas.runs.options import TestOptions
-from conas.runs.scores import Scores
-from ensemble.combine.committee import check_finite
-from ensemble.study_runs import SCRIPTS, execute, finished, read_seconds, write_slurm
+from ensemble.study_results import gather, is_here, keep, last_folder, mean_costs
+from ensemble.study_runs import SCRIPTS, execute, finished, write_slurm
 from ensemble.study_statistics import as_text, compare_groups
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -66,6 +60,22 @@ class ExecuteOptions:
 
     part: str = option("1/1", "the Ith of N equal parts of the plan, to spread it over machines")
     jobs: int = option(1, "runs at a time; more than one have a thread each", low=1, high=1024)
+    data: str | None = option(None, "where the images are, for all runs; the plan says it otherwise", path="")
+
+
+@dataclass
+class ReportOptions:
+    """what is reported"""
+
+    partial: bool = option(False, "leave out the seeds of which a run is missing, and say how many")
+
+
+@dataclass
+class KeepOptions:
+    """what is kept"""
+
+    to: str = option("kept", "the folder for plan, predictions, metrics and costs of every finished run")
+    note: str = option("", "a note that is stored with every run: machine, commit")
 
 
 def plan(options: PlanOptions) -> dict:
@@ -147,7 +157,8 @@ def _is_plan(content: object) -> bool:
 
 def _is_run(run: object, spaces: list[str], seeds: list[int]) -> bool:
     if not (isinstance(run, dict) and run.get("space") in spaces and run.get("seed") in seeds
-            and isinstance(run.get("save"), str) and isinstance(run.get("commands"), list)):
+            and isinstance(run.get("save"), str) and isinstance(run.get("commands"), list)
+            and run["commands"]):
         return False
     try:
         folder_name(run["save"])
@@ -157,74 +168,12 @@ def _is_run(run: object, spaces: list[str], seeds: list[int]) -> bool:
                and command[:1] in [[script] for script in SCRIPTS.values()] for command in run["commands"])
 
 
-def gather(content: dict, options: TestOptions) -> dict[tuple[str, int], Scores]:
-    """The test scores of the last epoch of every run by (space, seed). Raises InputError naming a run that is missing.
-
-    The last epoch, and not the best: nothing is chosen, so nothing can be chosen in favour of a committee. A network
-    some of whose predictions are not finite is refused, too: to leave it out would be a choice.
-    """
-    spaces, scores = {space.name: space for space in discover(ROOT)}, {}
-    missing = [run for run in content["runs"] if not finished(_folder(content, run))]
-    if missing:
-        raise InputError(f"{len(missing)} of {len(content['runs'])} runs are not finished, first "
-                         f"{_folder(content, missing[0])}; start `python -m ensemble.study run` with this plan, or "
-                         "copy their folders here")
-    check_alike([_folder(content, run) for run in content["runs"]])
-    for run in tqdm(content["runs"], desc="test images", leave=False, disable=None):
-        checkpoints = list_checkpoints(_folder(content, run))
-        found = scores_for(spaces[run["space"]], checkpoints[max(checkpoints)], options)
-        if found.seed != run["seed"]:
-            raise InputError(f"{_folder(content, run)}: was run with --seed {found.seed} and not {run['seed']}, as the "
-                             "plan says; move it away and run the plan again")
-        path = checkpoints[max(checkpoints)]
-        check_finite({"": found}, {"": path}, "a plan with a lower --learning_rate in its --flags may help")
-        scores[run["space"], run["seed"]] = found
-    return scores
-
-
-def check_alike(folders: list[Path]) -> None:
-    """Raise InputError naming two runs that differ in more than their seed and names."""
-    first, *others = ({name: value for name, value in read_arguments(folder).items()
-                       if name not in FREE | {"seed", "search"}} for folder in folders)
-    for folder, other in zip(folders[1:], others):
-        if differ := sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name)):
-            raise InputError(f"{folder} and {folders[0]}: differ in --{', --'.join(differ)}, and a study compares runs "
-                             "that differ in space and seed only; move one away and run the plan again")
-
-
-def _folder(content: dict, run: dict) -> Path:
-    return ROOT / run["space"] / f"{content['stage']}-{run['save']}"
-
-
-def costs(content: dict) -> dict[str, dict]:
-    """By space, means over its runs: parameters, flops of one image, and seconds of the runs where all are known."""
-    spaces, found = {space.name: space for space in discover(ROOT)}, {name: [] for name in content["spaces"]}
-    for run in content["runs"]:
-        folder = _folder(content, run)
-        checkpoints = list_checkpoints(folder)
-        cost = network_cost(spaces[run["space"]], checkpoints[max(checkpoints)])
-        found[run["space"]].append(cost | {"seconds": read_seconds(folder)})
-    return {name: {key: None if None in values else sum(values) / len(values)
-                   for key, values in ((key, [cost[key] for cost in by_run]) for key in by_run[0])}
-            for name, by_run in found.items()}
-
-
-def network_cost(space: Space, path: Path) -> dict[str, int]:
-    """Parameters of the network in a checkpoint, and flops (two for each multiplication and addition) of an image."""
-    checkpoint = load(path)
-    network = restore(path, checkpoint, space.name, space.network).eval()
-    about = checkpoint["dataset"]
-    channels = DATASETS[about["name"]].channels
-    side = about.get("crop") or about["image_size"]
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, channels, side, side))
-    return {"parameters": sum(p.numel() for p in network.parameters()), "flops": counter.get_total_flops()}
-
-
-def report(path: Path, options: TestOptions) -> None:
+def report(path: Path, options: TestOptions, partial: bool) -> None:
     """Write PLAN-report.json beside the plan, and print it as a table."""
     content = read_plan(path)
-    summary = compare_groups(gather(content, options), content["size"], costs(content)) | {"stage": content["stage"]}
+    results = gather(path, content, options, partial)
+    summary = compare_groups({member: result.scores for member, result in results.items()}, content["size"],
+                             mean_costs(results)) | {"stage": content["stage"]}
     target = path.with_name(f"{path.stem}-report.json")
     write_json(target, summary)
     print(f"{as_text(summary)}\n\nwritten to {target}")
@@ -233,21 +182,30 @@ def report(path: Path, options: TestOptions) -> None:
 def main(argv: list[str] | None = None) -> None:
     """The command `python -m ensemble.study`."""
     words = sys.argv[1:] if argv is None else argv
-    actions = {"plan": PlanOptions, "run": ExecuteOptions, "report": TestOptions}
+    actions = {"plan": [PlanOptions], "run": [ExecuteOptions], "report": [TestOptions, ReportOptions],
+               "keep": [TestOptions, KeepOptions]}
     if words[:1] == ["--help"]:
         return print(__doc__)
     if len(words) < 2 or words[0] not in actions or (words[1].startswith("-") and words[1] != "--help"):
-        raise InputError("write `python -m ensemble.study plan FILE`, `run FILE` or `report FILE`; --help says more")
+        raise InputError("write `python -m ensemble.study plan FILE`, `run FILE`, `report FILE` or `keep FILE`; "
+                         "--help says more")
     action, file, *flags = words
-    (options,) = cli.parse(__doc__, [actions[action]], [file] if file == "--help" else flags)
+    options, *more = cli.parse(__doc__, actions[action], [file] if file == "--help" else flags)
     if action == "plan":
         write_plan(Path(file), plan(options))
         if options.slurm is not None:
             write_slurm(Path(options.slurm), Path(file), read_plan(Path(file)))
     elif action == "run":
-        execute(read_plan(Path(file)), options.part, options.jobs)
+        content = read_plan(Path(file))
+        kept = [run for run in content["runs"] if is_here(Path(file), run) and not finished(last_folder(run))]
+        if kept:
+            print(f"{len(kept)} of {len(content['runs'])} runs were kept in {Path(file).parent}, and are not run again")
+        execute(content | {"runs": [run for run in content["runs"] if run not in kept]}, options.part, options.jobs,
+                options.data)
+    elif action == "report":
+        report(Path(file), options, more[0].partial)
     else:
-        report(Path(file), options)
+        keep(Path(file), read_plan(Path(file)), Path(more[0].to), options, more[0].note)
 
 
 def _with_absolute_paths(content: dict) -> dict:

@@ -19,6 +19,7 @@ from tqdm import tqdm
 
 from conas.errors import InputError, Stopped, one_line
 from conas.files import read_json, write_json, write_text
+from conas.places import absolute
 from conas.runs.folder import list_checkpoints, read_arguments
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,8 +41,8 @@ exec "${{PYTHON:-python}}" -m ensemble.study run {quoted} --part "$SLURM_ARRAY_T
 """
 
 
-def execute(content: dict, part: str, jobs: int = 1) -> None:
-    """Run what is missing of a plan, `jobs` runs at a time; several have one thread each.
+def execute(content: dict, part: str, jobs: int = 1, data: str | None = None) -> None:
+    """Run what is missing of a plan, `jobs` runs at a time; several have one thread each. `data`: where the images are.
 
     Raises InputError naming the command that failed, after all others had their turn, and Stopped if asked to stop,
     once every run has kept its state.
@@ -52,6 +53,9 @@ def execute(content: dict, part: str, jobs: int = 1) -> None:
     except (ValueError, AssertionError) as error:
         raise InputError(f"--part {part}: write it as 2/3, the second of three parts") from error
     runs = content["runs"][i - 1::n]
+    if data is not None:  # the last of two equal flags counts
+        runs = [run | {"commands": [[*command, "--data", absolute(data)] for command in run["commands"]]}
+                for run in runs]
     check_trainings(runs)
     failed = _Jobs(runs, jobs).run()
     if failed:

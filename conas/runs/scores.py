@@ -110,11 +110,20 @@ class Scores:
         return mean_loss(self.logits, self.labels)
 
 
-def save_scores(path: Path, scores: Scores) -> None:
-    """Write scores as .npz, atomically: logits, probabilities, labels and the other fields, no objects."""
+def save_scores(path: Path, scores: Scores, compact: bool = False) -> None:
+    """Write scores as .npz, atomically: logits, probabilities, labels and the other fields, no objects.
+
+    `compact` takes a quarter of the place: without the probabilities, and with logits rounded to float16, as long as
+    that can hold them.
+    """
     fields = {k: v.numpy() if isinstance(v, Tensor) else np.asarray(v) for k, v in vars(scores).items()}
+    if compact:
+        if np.abs(fields["logits"]).max() < np.finfo(np.float16).max:  # not for NaN either
+            fields["logits"] = fields["logits"].astype(np.float16)
+    else:
+        fields["probabilities"] = scores.probabilities.numpy()
     with atomic_path(path) as temporary:
-        np.savez(temporary, probabilities=scores.probabilities.numpy(), **fields)
+        np.savez(temporary, **fields)
 
 
 def load_scores(path: Path) -> Scores:
@@ -124,7 +133,7 @@ def load_scores(path: Path) -> Scores:
         check_zip(path)
         with np.load(path, allow_pickle=False) as file:
             scores = Scores(
-                logits=torch.from_numpy(file["logits"]), labels=torch.from_numpy(file["labels"]),
+                logits=_single(file["logits"]), labels=torch.from_numpy(file["labels"]),
                 space=str(file["space"]), stage=str(file["stage"]), epoch=int(file["epoch"]),
                 seed=int(file["seed"]), split=str(file["split"]),
                 checkpoint_sha256=str(file["checkpoint_sha256"]), dataset=str(file["dataset"]),
@@ -139,6 +148,11 @@ def load_scores(path: Path) -> Scores:
         raise InputError(f"{path}: its logits, labels and classes do not fit together; delete it and start "
                          "test_all.py again")
     return scores
+
+
+def _single(logits: np.ndarray) -> Tensor:
+    """Logits in float32, also if they were rounded to float16; others as they are, to be refused."""
+    return torch.from_numpy(logits.astype(np.float32) if logits.dtype == np.float16 else logits)
 
 
 def _are_names(classes: object) -> bool:

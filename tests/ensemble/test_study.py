@@ -160,6 +160,35 @@ def test_a_study_in_a_bare_clone_resumes_and_reports(bare_clone, tmp_path):
     compute = summary["groups"][MIXED]["compute"]
     assert compute["seconds"] > 0 and compute["parameters"] > 1000 and compute["flops"] > 1000
 
+    # what is kept needs no networks, is run no more, and says the same but for float16
+    assert "4 runs are new in kept" in command("keep", "p.json", "--to", "kept", "--note", "a note").stdout
+    moved = clone.root / "cnn_space1" / "search-s-1"
+    moved.rename(clone.root / "away")
+    assert command("report", "p.json").returncode == 2
+    kept = command("report", "kept/p.json")
+    assert kept.returncode == 0, kept.stderr
+    again = json.loads((clone.root / "kept" / "p-report.json").read_text())
+    for group, before in summary["groups"].items():
+        assert again["groups"][group]["compute"] == before["compute"]
+        for name in ("top1", "loss", "brier"):  # an ECE may jump where a confidence is near the edge of a bin
+            assert again["groups"][group]["figures"][name]["mean"] == pytest.approx(before["figures"][name]["mean"],
+                                                                                    rel=1e-3)
+    assert command("run", "kept/p.json").stdout.splitlines() == [
+        "1 of 4 runs were kept in kept, and are not run again", "3 runs are done"]
+    text = b"".join(path.read_bytes() for path in (clone.root / "kept").rglob("*.json"))
+    assert str(clone.root).encode() not in text and b"a note" in text
+
+    # one seed of the two is not enough, two of three are
+    shutil.rmtree(clone.root / "kept" / "cnn_space1" / "search-s-1")
+    assert "1 of 4 runs are not finished" in command("report", "kept/p.json", "--partial").stderr
+    plan = json.loads((clone.root / "p.json").read_text())
+    plan["seeds"] = [1, 2, 3]
+    plan["runs"] += [json.loads(json.dumps(run).replace("s-1", "s-3")) | {"seed": 3} for run in plan["runs"][:2]]
+    (clone.root / "q.json").write_text(json.dumps(plan))
+    (clone.root / "away").rename(moved)
+    some = command("report", "q.json", "--partial")
+    assert some.returncode == 0 and "1 of 3 seeds are left out (3)" in some.stdout, some.stderr
+
     arguments = clone.root / "cnn_space3" / "search-s-2" / "args.json"
     arguments.write_text(arguments.read_text().replace('"momentum": 0.9', '"momentum": 0.8'))
     other = command("report", "p.json")
