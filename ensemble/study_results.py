@@ -116,7 +116,7 @@ def check_alike(results: list[Result], stage: str) -> None:
 def network_cost(space: Space, path: Path) -> dict[str, int]:
     """Parameters of the network in a checkpoint, and flops (two for each multiplication and addition) of an image."""
     checkpoint = load(path)
-    network = restore(path, checkpoint, space.name, space.network).eval()
+    network = restore(path, checkpoint, space.name, space.network, folder=space.folder).eval()
     about = checkpoint["dataset"]
     channels = DATASETS[about["name"]].channels
     side = about.get("crop") or about["image_size"]

@@ -21,6 +21,7 @@ from conas.engine.inference import prepared
 from conas.errors import InputError
 from conas.places import find_data, remember_data
 from conas.runs import checkpoint as checkpoints
+from conas.runs.code import changes
 from conas.runs.folder import folder_name
 from conas.runs.options import TestOptions
 from conas.runs.scores import Scores, Validation, finite_rows, load_scores, mean_loss, save_scores, topk_accuracy
@@ -167,10 +168,11 @@ class ScoringJob:
         self.file = path.parent.parent / "probabilities" / f"{path.stem}{suffix}.npz"
 
     def stored(self) -> Scores | None:
-        """The stored scores, if they are of this checkpoint."""
+        """The stored scores, if they are of this checkpoint, and computed by the code that it was written with."""
         def kept() -> dict | None:
             scores = load_scores(self.file) if self.file.exists() else None
-            fits = scores and (scores.checkpoint_sha256, scores.space) == (self.digest, self.space.name)
+            fits = scores and not scores.changed and (
+                scores.checkpoint_sha256, scores.space) == (self.digest, self.space.name)
             return vars(scores) if fits else None
 
         fields = distributed.from_first(kept)
@@ -179,7 +181,8 @@ class ScoringJob:
     def load(self, options: TestOptions) -> tuple:
         """Load network and images. Jobs for which this returns the same key share one pass over the images."""
         self.checkpoint = checkpoints.load(self.path)
-        self.network = checkpoints.restore(self.path, self.checkpoint, self.space.name, self.space.network)
+        self.network = checkpoints.restore(self.path, self.checkpoint, self.space.name, self.space.network,
+                                           folder=self.space.folder)
         about = self.checkpoint["dataset"]
         if self.split == "valid" and not {"train_portion", "split_seed"} <= about.keys():
             raise NothingHeldOut(f"{self.path}: does not say which training images were held out; train again")
@@ -204,7 +207,7 @@ class ScoringJob:
             logits=logits, labels=images.labels if indices is None else images.labels[indices], space=self.space.name,
             stage=checkpoint["stage"], epoch=checkpoint["epoch"], seed=checkpoint["seed"], split=self.split,
             checkpoint_sha256=self.digest, dataset=checkpoint["dataset"]["name"], fingerprint=self.fingerprint,
-            classes=list(images.info.classes))
+            classes=list(images.info.classes), changed=changes(self.space.folder, checkpoint))
         if distributed.rank() == 0:
             save_scores(self.file, scores)
         del self.network, self.checkpoint

@@ -24,6 +24,7 @@ from conas.engine.door import accelerate, why_not
 from conas.engine.precision import checkpoint_cells, find_precision, set_tf32
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
+from conas.runs import code
 from conas.runs.folder import Run, begun_with, folder_name, suffixes_of
 from conas.runs.options import (
     AlphaOptions,
@@ -87,7 +88,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
         raise InputError("--hvp exact: first order has no such product; leave it or --no-unrolled out")
     if alphas.hvp == "exact" and processes.sync_bn and distributed.size() > 1:
         raise InputError("--hvp exact: cannot differentiate twice through the sums of --sync_bn; leave one of them out")
-    folder = space.search_folder(folder_name(options.save))
+    folder, own_code = space.search_folder(folder_name(options.save)), code.digests(space.folder, "search")
     suffixes = suffixes_of(folder)
     data = check_data(folder, data, suffixes)
     before = begun_with(folder)
@@ -182,7 +183,7 @@ def search(space: Space, architect_class: type[Bilevel], data: DataOptions, augm
 
             def state(epoch=epoch, course=course) -> dict:
                 return checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about,
-                                            arguments=arguments) | {
+                                            arguments=arguments, code=own_code) | {
                     "optimizer": optimizer.state_dict(), "alpha_optimizer": architect.alpha_optimizer.state_dict(),
                     "metrics": metrics, "course": course.state()}
 

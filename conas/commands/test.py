@@ -173,7 +173,7 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
             beside = published.figures
     else:
         checkpoint = checkpoints.check(path, content)
-        network = checkpoints.restore(path, checkpoint, space.name, network_class, own_operations)
+        network = checkpoints.restore(path, checkpoint, space.name, network_class, own_operations, folder)
         crop = checkpoint["dataset"].get("crop")
         images = load_images(path, checkpoint["dataset"], options.data, "test", options.skip_bad_images)
         print(f"{path}: {space.name}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")

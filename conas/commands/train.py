@@ -26,6 +26,7 @@ from conas.engine.convolutions import accelerate_convolutions
 from conas.engine.precision import compiler_works, find_precision
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
+from conas.runs import code
 from conas.runs.best import best_epoch, mend_best, require_best
 from conas.runs.folder import Run, begun_with, best_checkpoint, folder_name, suffixes_of
 from conas.runs.options import (
@@ -59,7 +60,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, object], 
     origin = arch.open_origin(shape.init_from, space.operations) if shape.init_from else None
     genotype, where = arch.choose_cells(space, primitives, named, shape, origin)
     data, shape, recipe = arch.fill_in(data, shape, recipe, origin)
-    folder = space.train_folder(folder_name(options.save))
+    folder, own_code = space.train_folder(folder_name(options.save)), code.digests(space.folder, "train")
     suffixes = suffixes_of(folder)
     data = check_data(folder, data, suffixes)
     recipe = recipe.decided(data, begun_with(folder))
@@ -133,7 +134,7 @@ def train(space: Space, primitives: Sequence[str], named: Mapping[str, object], 
 
             def state(epoch=epoch, course=course) -> dict:
                 return checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about, arguments=arguments,
-                                            primitives=primitives) | {
+                                            primitives=primitives, code=own_code) | {
                     "optimizer": optimizer.state_dict(), "metrics": metrics, "course": course.state()}
 
             for step in course:
@@ -227,7 +228,7 @@ def is_finished(metrics: list[dict], epochs: int, patience: int | None) -> bool:
 
 def write_epoch(keeper: Keeper, state: dict, lasting: bool) -> None:
     """Write an epoch to disk. `resume.pt` comes after what it stands for: what it does not know of is done again."""
-    run, checkpoint = keeper.run, {name: state[name] for name in checkpoints.FIELDS}
+    run, checkpoint = keeper.run, checkpoints.without_progress(state)
     first = distributed.rank() == 0
     if first and lasting:
         checkpoints.save(run.path("checkpoints", state["epoch"], ".pt"), checkpoint)

@@ -36,6 +36,7 @@ from conas.recurrent.steps import (
 )
 from conas.recurrent.text import Text, load_corpus
 from conas.runs import checkpoint as checkpoints
+from conas.runs import code
 from conas.runs.folder import Run, folder_name
 from conas.runs.options import KeepOptions
 from conas.runs.preflight import check_outputs, check_space
@@ -48,7 +49,7 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
            keep: KeepOptions) -> Path:
     """Run or continue one search and return its folder."""
     check_units(units)
-    folder = space.search_folder(folder_name(options.save))
+    folder, own_code = space.search_folder(folder_name(options.save)), code.digests(space.folder, "search")
     check_outputs(folder)
     check_pictures()
     device = find_device(options.device, keep.deterministic)
@@ -95,7 +96,7 @@ def search(space: Space, architect_class: type[LanguageBilevel], text: TextOptio
 
             def state(epoch=epoch, course=course, readers=readers) -> dict:
                 return checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about,
-                                            arguments=arguments) | {
+                                            arguments=arguments, code=own_code) | {
                     "optimizer": optimizer.state_dict(), "alpha_optimizer": architect.alpha_optimizer.state_dict(),
                     "metrics": metrics, "course": course.state(),
                     "readers": {name: reader.state() for name, reader in readers.items()}}

@@ -19,6 +19,7 @@ from conas.recurrent.steps import perplexity, validate
 from conas.recurrent.text import Corpus, Text, load_corpus
 from conas.runs import checkpoint as checkpoints
 from conas.runs import wrappers
+from conas.runs.code import tell_changes
 from conas.runs.folder import best_checkpoint, folder_name
 from conas.runs.options import ROOT
 from conas.runs.scores import remark
@@ -101,6 +102,7 @@ def main(folder: Path, supernet: type[RecurrentSupernet], module, description: s
     else:
         checkpoint = checkpoints.load(path)
         network = restore(path, checkpoint, supernet)
+        tell_changes(folder, path, checkpoint)
         known = checkpoint["dataset"]
         corpus = load_corpus(options.dataset or known["name"], find_data(path, known["root"], options.data))
         print(f"{path}: {checkpoint['space']}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")

@@ -171,7 +171,7 @@ def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rate
                 with network_of(average):
                     best = state()
                     checkpoints.save(run.folder / "checkpoints" / "best.pt",
-                                     {name: best[name] for name in checkpoints.FIELDS})
+                                     checkpoints.without_progress(best))
             if average is None and should_average([row["valid_loss"] for row in metrics], sgd.nonmono):
                 run.log("the validation text improves no more: from here on the weights are averaged")
                 average = Average(network)

@@ -2,11 +2,12 @@
 
 A checkpoint holds what is needed to rebuild its network without a command line:
 
-    format version torch stage space primitives network genotype epoch dataset arguments seed state
+    format version torch stage space primitives network genotype epoch dataset arguments seed state code
 
 `stage` is "search" for a supernet and "train" for a derived network. `network` are the constructor's arguments, for
 derived networks with their `kind` among NETWORKS; `dataset` describes the images (name, classes, ...), `state` is the
-`state_dict`, alphas included. A file NAME.safetensors holds `state`, and the other fields as JSON in its metadata,
+`state_dict`, alphas included. `code` are digests of the space's own code, which old checkpoints lack; see
+conas/runs/code.py. A file NAME.safetensors holds `state`, and the other fields as JSON in its metadata,
 with a CRC-32 of everything. Both kinds are checked for flipped bits when they are read; files of DARTS' own code that
 PyTorch wrote before version 1.6, and .safetensors files of other programs, have no checksum.
 """
@@ -28,6 +29,7 @@ from conas.darts.operations import OPERATIONS, check_primitives, with_own
 from conas.darts.supernet import Supernet
 from conas.errors import InputError
 from conas.files import atomic_path, check_regular, check_writable, check_zip
+from conas.runs import code as own_code
 from conas.runs import schema as fields
 from conas.runs.wrappers import HOLDERS, differences, unwrapped
 
@@ -36,13 +38,15 @@ SAFETENSORS = ".safetensors"
 FIELDS = {"format": str, "version": str, "torch": str, "stage": str, "space": str, "primitives": list,
           "network": dict, "genotype": dict, "epoch": int, "dataset": dict, "arguments": dict, "seed": int,
           "state": dict}
+OPTIONAL = {"code": dict}
 
 
 def describe(network: Supernet | DerivedNetwork, *, space: str, epoch: int, dataset: dict, arguments: dict,
-             primitives: Sequence[str] | None = None) -> dict:
+             primitives: Sequence[str] | None = None, code: Mapping[str, str] | None = None) -> dict:
     """The checkpoint of a network after `epoch`, ready for `save`. A derived network needs its space's primitives.
 
-    Language models go the same way; `conas.recurrent.files` reads theirs.
+    `code` are the space's `conas.runs.code.digests`. Language models go the same way; `conas.recurrent.files` reads
+    theirs.
     """
     derived = not hasattr(network, "alphas")
     return {
@@ -52,7 +56,13 @@ def describe(network: Supernet | DerivedNetwork, *, space: str, epoch: int, data
         "network": {"kind": network.kind, **network.arguments} if derived else network.arguments,
         "genotype": genotypes.to_json(network.genotype()), "epoch": epoch, "dataset": dataset,
         "arguments": arguments, "seed": arguments["seed"], "state": network.state_dict(),
+        "code": dict(code or {}),
     }
+
+
+def without_progress(state: dict) -> dict:
+    """The checkpoint that is part of the state of a run."""
+    return {name: state[name] for name in (*FIELDS, *OPTIONAL) if name in state}
 
 
 def save(path: str | Path, checkpoint: dict, keep: Path | None = None) -> None:
@@ -85,8 +95,8 @@ def check(path: str | Path, content: object) -> dict:
         raise InputError(f"{path}: not a CoNAS checkpoint; train_search.py and train.py write them")
     if isinstance(content.get("state"), dict):
         content = content | {"state": unwrapped(path, content["state"])}
-    for name, kind in FIELDS.items():
-        if not isinstance(content.get(name), kind):
+    for name, kind in (FIELDS | OPTIONAL).items():
+        if not isinstance(content.get(name), kind) and (name in FIELDS or name in content):
             raise InputError(f"{path}: its field {name!r} is missing or not a {kind.__name__}")
     return fields.check(path, content)
 
@@ -129,19 +139,29 @@ def published_state(path: str | Path, content: object) -> dict[str, Tensor]:
 
 
 def restore(path: str | Path, checkpoint: dict, space: str, network_class: type[Supernet] | None = None,
-            own_operations: Mapping[str, Callable] | None = None) -> Supernet | DerivedNetwork:
+            own_operations: Mapping[str, Callable] | None = None, folder: Path | None = None
+            ) -> Supernet | DerivedNetwork:
     """The network of a loaded checkpoint, if it belongs to `space`; else InputError.
 
     A supernet must have the primitives of `network_class`, and names and not shapes decide: spaces with equally many
     primitives have tensors of equal shapes. Derived networks need only the operations of `network_class`, or
-    `own_operations` without it.
+    `own_operations` without it. If the code in the space's `folder` has changed since, a line on stderr says so.
     """
     if checkpoint["space"] != space:
         raise InputError(f"{path}: written by {checkpoint['space']}, not by {space}; name a file of this folder, or "
                          f"move that run out of {space} and start another there")
     operations = with_own(network_class.operations if network_class else own_operations or {})
     if checkpoint["stage"] == "train" or network_class is None:
-        return restore_derived(path, checkpoint, operations)
+        network = restore_derived(path, checkpoint, operations)
+    else:
+        network = _restore_supernet(path, checkpoint, space, network_class, operations)
+    if folder:
+        own_code.tell_changes(folder, path, checkpoint)
+    return network
+
+
+def _restore_supernet(path: str | Path, checkpoint: dict, space: str, network_class: type[Supernet],
+                      operations: Mapping[str, Callable]) -> Supernet:
     if checkpoint["primitives"] != list(network_class.primitives):
         raise InputError(f"{path}: searched over {', '.join(checkpoint['primitives'])}, but genotypes.py of {space} "
                          f"now lists {', '.join(network_class.primitives)}; restore that list or search again")
@@ -189,7 +209,7 @@ def check_export(path: str | Path) -> None:
 def export(path: str | Path, checkpoint: dict) -> None:
     """Write a checkpoint as .safetensors, atomically. Raises InputError without that package or suffix."""
     check_export(path)
-    metadata = {name: json.dumps(checkpoint[name]) for name in FIELDS if name != "state"}
+    metadata = {name: json.dumps(value) for name, value in without_progress(checkpoint).items() if name != "state"}
     state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in checkpoint["state"].items()}
     metadata["crc32"] = f"{_crc32(metadata, state):08x}"
     with atomic_path(path) as temporary:
@@ -200,7 +220,8 @@ def _read_safetensors(path: str | Path) -> dict:
     safetensors = _safetensors()
     try:
         with safetensors.safe_open(path, "pt") as file:
-            metadata = {name: text for name, text in (file.metadata() or {}).items() if name in (*FIELDS, "crc32")}
+            known = {*FIELDS, *OPTIONAL, "crc32"}
+            metadata = {name: text for name, text in (file.metadata() or {}).items() if name in known}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         checksum = metadata.pop("crc32", None)
         content = {name: json.loads(text) for name, text in metadata.items()} | {"state": state}

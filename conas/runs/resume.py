@@ -25,6 +25,7 @@ from conas.errors import InputError, Stopped
 from conas.files import write_json
 from conas.places import remember_data
 from conas.runs import checkpoint as checkpoints
+from conas.runs import code
 from conas.runs.folder import Run
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as shells have it
@@ -63,7 +64,7 @@ class Keeper:
     def load(self, about: dict) -> dict | None:
         """The last whole state of the run, or None before the first; `about` describes the images now.
 
-        Raises InputError if neither generation can be read, or if the
+        Logs it if the space's code has changed since. Raises InputError if neither generation can be read, or if the
         training images are not those of the run's earlier steps.
         """
         distributed.check_equal("training images", about["fingerprint"])
@@ -74,6 +75,8 @@ class Keeper:
             raise InputError(f"{self.path}: the training images have changed since this run began; restore them, "
                              "or give --save another name")
         remember_data(self.run.folder, state["dataset"]["root"], about["root"])
+        if names := code.changes(self.run.folder.parent, state, resumed=True):
+            self.run.log(code.sentence(self.run.folder.parent, self.path, names))
         return state
 
     def _read(self) -> dict | None:
@@ -155,7 +158,7 @@ def write_epoch(keeper: Keeper, state: dict) -> None:
     """Write the end of a search's epoch. resume.pt comes last, so that what it does not know of is done again."""
     run, epoch = keeper.run, state["epoch"]
     if distributed.rank() == 0:
-        checkpoints.save(run.path("checkpoints", epoch, ".pt"), {name: state[name] for name in checkpoints.FIELDS})
+        checkpoints.save(run.path("checkpoints", epoch, ".pt"), checkpoints.without_progress(state))
         write_json(run.path("genotypes", epoch, ".json"), state["genotype"])
         write_json(run.folder / "genotype.json", state["genotype"])
     keeper.save(state)

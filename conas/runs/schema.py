@@ -3,6 +3,7 @@
 Whatever passes can be printed, compared and built without a traceback, and without memory that the file does not
 account for.
 """
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -61,6 +62,9 @@ def check(path: str | Path, checkpoint: dict) -> dict:
     for name, value in checkpoint.items():
         if name in ("network", "genotype", "dataset", "arguments") and not is_plain(value):
             raise InputError(f"{path}: its field {name!r} holds more than numbers and texts; copy a good one here")
+    if not all(_is_text(digest) and _is_text(name) and re.fullmatch(r"\w{1,64}\.py", name)
+               for name, digest in checkpoint.get("code", {}).items()):
+        raise InputError(f"{path}: its field 'code' holds more than digests of files; copy a good one here")
     if not is_state(checkpoint["state"]):
         raise InputError(f"{path}: its field 'state' holds more than tensors by name; copy a good one here")
     about, network = checkpoint["dataset"], checkpoint["network"]

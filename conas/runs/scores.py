@@ -85,6 +85,7 @@ class Scores:
     dataset: str
     fingerprint: str        # of the images and labels in their order
     classes: list[str]      # K names
+    changed: str = ""       # files of the space that were others when this was computed than at the checkpoint's time
 
     @property
     def probabilities(self) -> Tensor:
@@ -137,7 +138,8 @@ def load_scores(path: Path) -> Scores:
                 space=str(file["space"]), stage=str(file["stage"]), epoch=int(file["epoch"]),
                 seed=int(file["seed"]), split=str(file["split"]),
                 checkpoint_sha256=str(file["checkpoint_sha256"]), dataset=str(file["dataset"]),
-                fingerprint=str(file["fingerprint"]), classes=file["classes"].tolist())
+                fingerprint=str(file["fingerprint"]), classes=file["classes"].tolist(),
+                changed=str(file["changed"]) if "changed" in file else "")
     except Exception as error:  # damaged bytes can make NumPy raise anything
         raise InputError(f"{path}: cannot be read as probabilities ({error}); delete it and start test_all.py again"
                          ) from error

@@ -97,7 +97,8 @@ def load_committee(root: Path, save: str) -> CommitteeNetwork:
         if checkpoints.sha256(file) != digest:
             raise InputError(f"{file}: has changed since the committee was tested; start python test_ensemble.py{flag} "
                              "again")
-        networks.append(checkpoints.restore(file, checkpoint, space, spaces[space].network))
+        networks.append(checkpoints.restore(file, checkpoint, space, spaces[space].network,
+                                           folder=spaces[space].folder))
         datasets.append(checkpoint["dataset"])
     for (name, *_), dataset in zip(files, datasets):
         for key, before in (("name", None), ("classes", None), ("image_size", None), ("resize", "crop")):

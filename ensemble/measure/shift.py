@@ -20,6 +20,7 @@ from conas.errors import InputError
 from conas.files import check_regular
 from conas.places import find_data
 from conas.runs import checkpoint as checkpoints
+from conas.runs.code import changes
 from conas.runs.options import TestOptions
 from conas.runs.scores import Scores, load_scores, save_scores
 from ensemble.combine.committee import Committee
@@ -93,8 +94,9 @@ def measure_shift(pool: Mapping[str, tuple[Space, Path]], committee: Committee, 
     device, members = find_device(options.device), {}
     for name, (space, path) in pool.items():
         checkpoint = checkpoints.load(path)
-        network = checkpoints.restore(path, checkpoint, space.name, space.network)
-        members[name] = prepared(network.to(device)), checkpoint["dataset"]  # once, for all blocks of all corruptions
+        network = checkpoints.restore(path, checkpoint, space.name, space.network, folder=space.folder)
+        about = checkpoint["dataset"] | {"changed": changes(space.folder, checkpoint)}
+        members[name] = prepared(network.to(device)), about  # once, for all blocks of all corruptions
     about = next(iter(members.values()))[1]
     images = load_images(path, about, options.data, "test", options.skip_bad_images)
     for name, (_, other) in members.items():
@@ -136,8 +138,8 @@ def _scores(corruption: str, source, images: ImageSet, members: Mapping, pool: M
 
     def kept() -> dict[str, dict]:
         scores = {name: load_scores(file) for name, file in files.items() if file.exists()}
-        return {name: vars(s) for name, s in scores.items() if (s.checkpoint_sha256, s.fingerprint) == (
-            committee.members[name].checkpoint_sha256, fingerprint)}
+        return {name: vars(s) for name, s in scores.items() if not s.changed and (
+            s.checkpoint_sha256, s.fingerprint) == (committee.members[name].checkpoint_sha256, fingerprint)}
 
     found = {name: Scores(**fields) for name, fields in distributed.from_first(kept).items()}
     missing = {name: [] for name in pool if name not in found}
@@ -149,7 +151,8 @@ def _scores(corruption: str, source, images: ImageSet, members: Mapping, pool: M
                 logits.append(predict(network, block, options.batch_size, device, crop=about.get("crop")))
     for name, logits in missing.items():
         found[name] = replace(committee.members[name], logits=torch.cat(logits), split=corruption,
-                              labels=committee.labels.repeat(len(SEVERITIES)), fingerprint=fingerprint)
+                              labels=committee.labels.repeat(len(SEVERITIES)), fingerprint=fingerprint,
+                              changed=members[name][1]["changed"])
         if distributed.rank() == 0:
             save_scores(files[name], found[name])
     return {name: found[name] for name in pool}

@@ -1,6 +1,7 @@
 """Predictions on files: the very answers that the test of the committee gave for the same images."""
 import csv
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from conas.darts.derived import NetworkCIFAR
 from conas.darts.published import GENOTYPES
 from conas.data.images import load
 from conas.errors import InputError
+from conas.runs.code import digests
 from ensemble.combine.network import CommitteeNetwork, load_committee
 from ensemble.predict import find_images, predict, read_image
 from tests.helpers.untrained import committee_clone  # noqa: F401
@@ -152,3 +154,16 @@ def test_members_look_at_their_central_squares():
     expected = (members[0](x).softmax(1) + members[1](x[:, :, 4:36, 4:36]).softmax(1)) / 2
     torch.testing.assert_close(network(images), expected, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(members[1](x).softmax(1), members[1](x[:, :, 4:36, 4:36]).softmax(1), atol=1e-4)
+
+
+def test_members_whose_code_has_changed_are_told(committee_clone, tmp_path, capsys):
+    root = shutil.copytree(committee_clone.root, tmp_path / "CoNAS", ignore=shutil.ignore_patterns("data"))
+    load_committee(root, "EXP")
+    assert not capsys.readouterr().err
+    with open(root / "cnn_space2" / "genotypes.py", "a", encoding="utf-8") as file:
+        file.write("OPERATIONS = {}\n")
+    digests.cache_clear()
+    for _ in range(2):
+        load_committee(root, "EXP")
+    line, = capsys.readouterr().err.splitlines()
+    assert "genotypes.py of cnn_space2 changed" in line and "epoch_001.pt" in line

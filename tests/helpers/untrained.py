@@ -10,6 +10,7 @@ from conas.darts.space import Space, discover
 from conas.data.images import load
 from conas.files import write_json
 from conas.runs import checkpoint as checkpoints
+from conas.runs.code import digests
 from tests.conftest import ROOT, Clone
 
 
@@ -46,7 +47,7 @@ def write_runs(root: Path, dataset: str, data: str, image_size: int | None, subs
                 network.classifier.weight.copy_(torch.linalg.solve(products + ridge, features.T @ target).T)
                 network.classifier.bias.zero_()
             checkpoint = checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about,
-                                              arguments=arguments)
+                                              arguments=arguments, code=digests(space.folder, "search"))
             checkpoints.save(folder / "checkpoints" / f"epoch_{epoch:03d}.pt", checkpoint)
 
 
