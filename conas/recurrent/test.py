@@ -104,7 +104,10 @@ def main(folder: Path, supernet: type[RecurrentSupernet], module, description: s
         network = restore(path, checkpoint, supernet)
         tell_changes(folder, path, checkpoint)
         known = checkpoint["dataset"]
-        corpus = load_corpus(options.dataset or known["name"], find_data(path, known["root"], options.data))
+        name = options.dataset or known["name"]
+        root = (ROOT / "data" if name != known["name"] and options.data is None else  # another text is not where its was
+                find_data(path, known["root"], options.data))
+        corpus = load_corpus(name, root)
         print(f"{path}: {checkpoint['space']}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")
         if list(corpus.words) != known["classes"]:
             raise InputError(f"{path}: was trained on other words than those of {corpus.folder / 'train.txt'}; name "

@@ -215,6 +215,13 @@ def test_whether_training_images_were_mirrored_is_said(report):
     assert f"<tr><th scope=row>--flip</th>{3 * '<td>True</td>'}</tr>" in report.read_text()
 
 
+def test_predictions_that_are_not_finite_are_said(report):
+    summary, committee = html.stored_committee(report.parent.parent, "EXP")
+    summary["not_finite"] = [{"name": "cnn_space2", "epoch": 3, "split": "test", "not_finite": 2, "images": 36}]
+    section = page_module.Page(summary, committee, [], None, None).result()
+    assert "cnn_space2, epoch 3: 2 of 36 predictions are not finite on the test images; the epoch is left out" in section
+
+
 def test_corruption_curves(report):
     summary, committee = html.stored_committee(report.parent.parent, "EXP")
     names = ["committee", "cnn_space1", "cnn_space2", "cnn_space3"]

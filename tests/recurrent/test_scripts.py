@@ -101,6 +101,11 @@ def test_export_and_other_words(runs, tmp_path):
     assert done.returncode == 2 and "other words" in done.stderr and len(done.stderr.splitlines()) == 1
 
 
+def test_another_named_text_is_sought_where_such_are_kept(runs):
+    done = runs.run("rnn/test.py", "--save", "s1", "--dataset", "wikitext-2")
+    assert done.returncode == 2 and f"{runs.root / 'data' / 'wikitext-2' / 'train.txt'}: no such file" in done.stderr
+
+
 def test_committee(runs):
     done = runs.run("test_ensemble.py", "--task", "language", "--save", "words")
     assert done.returncode == 0, done.stderr
