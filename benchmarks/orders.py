@@ -17,9 +17,8 @@ from statistics import mean, stdev
 import torch
 
 from benchmarks.machine import RESULTS, machine, write
-from conas.cli import parse
+from conas.commands import search
 from conas.commands.scoring import scores_for
-from conas.commands.search import GROUPS, search
 from conas.darts.space import Space
 from conas.runs.options import ROOT, TestOptions
 
@@ -30,11 +29,12 @@ FLAGS = "--dataset digits --init_channels 4 --layers 3 --batch_size 64 --device 
 def one_search(space: str, epochs: int, order: str, seed: int) -> dict:
     """Accuracies in percent after the last epoch, and the seconds of the processor."""
     module, architect = import_module(f"{space}.model_search"), import_module(f"{space}.architect")
-    groups = parse("", GROUPS, [*FLAGS.split(), "--epochs", str(epochs), "--seed", str(seed), *ORDERS[order]])
+    flags = [*FLAGS.split(), "--epochs", str(epochs), "--seed", str(seed), *ORDERS[order]]
     began = time.process_time()
     with tempfile.TemporaryDirectory() as folder:
-        space = Space(space, Path(folder), module.Network)
-        run = search(space, architect.Architect, *groups)
+        space = Space(space, Path(folder) / space, module.Network)
+        search.main(space.folder, module.Network, architect.Architect, "", flags)
+        run = space.search_folder("EXP")
         last = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
         scores = scores_for(space, run / "checkpoints" / f"epoch_{epochs - 1:03d}.pt", TestOptions(device="cpu"))
     return {"order": order, "seed": seed, "valid_top1": last["valid_top1"], "test_top1": scores.top(1),

@@ -23,11 +23,9 @@ import torch
 from benchmarks.machine import RESULTS, machine, write
 from cnn_space1.architect import Architect
 from cnn_space1.model_search import Network
-from conas.cli import find_device, parse
+from conas.cli import find_device
 from conas.commands import search as searching
-from conas.darts.space import Space
 from conas.data.batches import Stream
-from conas.data.images import load
 from conas.data.listing import Listing
 from conas.data.sources import READERS
 from conas.engine.cuda_graph import Replayed
@@ -87,7 +85,7 @@ def measure(flags: list[str], steps: int | None, device: torch.device) -> dict:
             self.steps = min(self.steps, steps or self.steps)
 
     READERS["cifar10"] = random_images
-    searching.load = clock.timed("loading", load)
+    searching.training_images = clock.timed("loading", searching.training_images)
     searching.Stream = CutStream
     if device.type == "cuda":  # nothing inside of a graph can be timed
         class TimedGraph(Replayed):
@@ -98,11 +96,11 @@ def measure(flags: list[str], steps: int | None, device: torch.device) -> dict:
     else:
         searching.weight_step = clock.timed("weight steps", searching.weight_step)
     searching.validate = clock.timed("whole validation", searching.validate)
-    searching.finish = clock.timed("pictures", searching.finish)
+    searching.SearchRun.finish = clock.timed("pictures", searching.SearchRun.finish)
     searching.write_epoch = clock.timed("checkpoint", searching.write_epoch)
-    groups = parse("", searching.GROUPS, [*flags, "--epochs", "1", "--device", str(device)])
+    flags = [*flags, "--epochs", "1", "--device", str(device)]
     with tempfile.TemporaryDirectory() as folder:
-        clock.timed("all", searching.search)(Space("cnn_space1", Path(folder), Network), TimedArchitect, *groups)
+        clock.timed("all", searching.main)(Path(folder) / "cnn_space1", Network, TimedArchitect, "", flags)
     return clock.seconds
 
 

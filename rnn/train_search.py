@@ -14,7 +14,21 @@ from architect import Architect
 from model_search import Network
 
 from conas import cli
-from conas.recurrent import search as language_search
+from conas.recurrent.search import SearchRun
+
+
+def main() -> None:
+    with SearchRun(HERE, Network, Architect, __doc__) as run:     # flags, text, network, optimizers, checkpoints
+
+        def iterate(train, valid, lr):                            # what a step of the search is
+            run.alpha_step(train, valid, lr)                      # architect.py: equations 6 to 8, then Adam
+            return run.weight_step(train, lr)                     # SGD on the cross-entropy of `train`
+
+        for epoch in run.epochs():                                # a run that was stopped goes on where it was
+            for train, valid, lr in run.steps(epoch):             # pieces of the training and the validation text
+                run.do(iterate, train, valid, lr)
+            run.end_epoch()                                       # validation, checkpoint, genotype
+
 
 if __name__ == "__main__":
-    sys.exit(cli.run(lambda: language_search.main(HERE, Network, Architect, __doc__)))
+    sys.exit(cli.run(main))

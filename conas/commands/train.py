@@ -1,7 +1,8 @@
 """Train found cells from scratch: the derived network, from the first batch to the best checkpoint."""
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -11,15 +12,18 @@ from conas import distributed
 from conas.cli import find_device, parse
 from conas.commands import cells as arch
 from conas.commands.scoring import validate
+from conas.commands.training_data import describe_images, training_images
 from conas.darts import genotype as genotypes
+from conas.darts.architect import Batch
 from conas.darts.batchnorm import use_exact_sums
 from conas.darts.derived import DerivedNetwork, count_parameters
+from conas.darts.genotype import Genotype
 from conas.darts.operations import OPERATIONS
 from conas.darts.published import named_genotypes
 from conas.darts.space import Space
 from conas.data import imagenet_augment as photographs
 from conas.data.batches import Stream
-from conas.data.images import full_name, load
+from conas.data.images import full_name
 from conas.data.splits import generator, stratified_split
 from conas.engine import batchnorm as synced
 from conas.engine.convolutions import accelerate_convolutions
@@ -28,7 +32,8 @@ from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
 from conas.runs import code
 from conas.runs.best import best_epoch, mend_best, require_best
-from conas.runs.folder import Run, begun_with, best_checkpoint, folder_name, suffixes_of
+from conas.runs.folder import begun_with, best_checkpoint, folder_name, suffixes_of
+from conas.runs.loop import Loop
 from conas.runs.options import (
     DataOptions,
     HeldOutOptions,
@@ -39,141 +44,174 @@ from conas.runs.options import (
     TrainRunOptions,
 )
 from conas.runs.preflight import check_data, check_outputs, check_space, committee_notes
-from conas.runs.progress import Course, announce, cosine, descend, resumed, snapshot, tell_skipped
+from conas.runs.progress import Course, cosine, descend, snapshot, tell_skipped
 from conas.runs.resume import Keeper, seed_generators
-from conas.runs.scores import is_right
+from conas.runs.scores import Validation, is_right
 
 GROUPS = (DataOptions, NetworkOptions, RecipeOptions, HeldOutOptions, TrainRunOptions, KeepOptions, ProcessOptions)
 
 
-def train(space: Space, primitives: Sequence[str], named: Mapping[str, object], data: DataOptions,
-          shape: NetworkOptions, recipe: RecipeOptions, held_out: HeldOutOptions, options: TrainRunOptions,
-          keep: KeepOptions, processes: ProcessOptions) -> Path:
-    """Run or continue one training and return its folder. `named` are the genotypes that --arch knows by name.
+class TrainRun(Loop):
+    """The training of found cells in `folder`, by its flags: what its script train.py shows the loop of.
 
-    Several processes call it alike; the first one writes.
+    `module` is the folder's genotypes.py, `default` the name of the cells to train if no flag says which (default: what
+    the folder's search found); `argv` are the flags, those of the command line by default. Raises InputError for what
+    could not be computed or written.
     """
-    device = find_device(options.device, keep.deterministic)
-    amp = find_precision(options.amp, device)
-    if options.compile and processes.sync_bn and distributed.size() > 1:
-        raise InputError("--compile: cannot compile what --sync_bn sends between processes; leave one of them out")
-    origin = arch.open_origin(shape.init_from, space.operations) if shape.init_from else None
-    genotype, where = arch.choose_cells(space, primitives, named, shape, origin)
-    data, shape, recipe = arch.fill_in(data, shape, recipe, origin)
-    folder, own_code = space.train_folder(folder_name(options.save)), code.digests(space.folder, "train")
-    suffixes = suffixes_of(folder)
-    data = check_data(folder, data, suffixes)
-    recipe = recipe.decided(data, begun_with(folder))
-    check_outputs(folder)
-    frequency = options.checkpoint_freq or max(1, round(recipe.epochs / 50))
-    groups = (data, shape, recipe, held_out, options, keep, processes)
-    arguments = {name: value for group in groups for name, value in asdict(group).items()} | {"suffixes": suffixes}
 
-    crop = data.image_size if shape.recipe == "imagenet" else None
-    loaded_size = photographs.canvas(crop) if crop else data.image_size
-    images = distributed.in_turn(
-        lambda: load(data.dataset, data.data, "train", image_size=loaded_size, subset=data.subset,
-                     skip_bad_images=data.skip_bad_images, suffixes=suffixes, resize=data.resize,
-                     follow_links=data.follow_links))
-    parts = split(images.labels, held_out)
-    stream = Stream(images, parts[0], recipe.batch_size, name="training", seed=options.seed, device=device, crop=crop,
-                    flip=recipe.flip, cutout_length=recipe.cutout_length or 0, drop_last=True, workers=data.workers)
+    kind = "training"
+    network: DerivedNetwork
+    optimizer: torch.optim.SGD
 
-    seed_generators(options.seed)
-    network = arch.build(shape.recipe, shape.init_channels, shape.layers, shape.auxiliary, images.info,
-                         data.image_size, genotype, space.operations)
-    origin_of_weights = arch.begin_from(network, origin) if origin else "all weights initialised at random"
-    network.drop_path_images = recipe.batch_size
-    use_exact_sums(accelerate_convolutions(network))
-    if processes.sync_bn:
-        synced.convert(network)
-    network.to(device, memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(network.parameters(), lr=recipe.learning_rate, momentum=recipe.momentum,
-                                weight_decay=recipe.weight_decay, fused=True)
+    def __init__(self, folder: Path, module: ModuleType, description: str = "", argv: list[str] | None = None, *,
+                 default: str | None = None):
+        data, shape, recipe, held_out, options, keep, processes = parse(description, GROUPS, argv)
+        if shape.arch is None and not shape.init_from:
+            shape = replace(shape, arch=default)
+        self.primitives = tuple(getattr(module, "PRIMITIVES", OPERATIONS))
+        self.space = Space(folder.name, folder, own_operations=getattr(module, "OPERATIONS", {}))
+        self.device = find_device(options.device, keep.deterministic)
+        self.amp = find_precision(options.amp, self.device)
+        if options.compile and processes.sync_bn and distributed.size() > 1:
+            raise InputError("--compile: cannot compile what --sync_bn sends between processes; leave one of them out")
+        origin = arch.open_origin(shape.init_from, self.space.operations) if shape.init_from else None
+        genotype, self.where = arch.choose_cells(self.space, self.primitives, named_genotypes(module), shape, origin)
+        data, shape, recipe = arch.fill_in(data, shape, recipe, origin)
+        run_folder, self.code = self.space.train_folder(folder_name(options.save)), code.digests(folder, "train")
+        suffixes = suffixes_of(run_folder)
+        data = check_data(run_folder, data, suffixes)
+        recipe = recipe.decided(data, begun_with(run_folder))
+        check_outputs(run_folder)
+        groups = (data, shape, recipe, held_out, options, keep, processes)
+        super().__init__(self.space.name, run_folder, groups, keep, suffixes=suffixes)
+        self.recipe, self.lr_scale, self.tells_time = recipe, processes.lr_scale, not options.compile
+        self.frequency = options.checkpoint_freq or max(1, round(recipe.epochs / 50))
+        self._read_images(data, shape, held_out)
+        self._build(shape, genotype, origin, processes)
+        check_space(run_folder, self.network, -(-recipe.epochs // self.frequency) + 1)
 
-    about = {"name": data.dataset, "root": data.data, "image_size": images.info.image_size, "crop": crop,
-             "subset": data.subset, "classes": list(images.info.classes), "fingerprint": images.fingerprint,
-             "train_portion": 1 - held_out.valid_portion, "split_seed": held_out.split_seed,
-             "skip_bad_images": data.skip_bad_images, "resize": data.resize, "test_subset": data.test_subset,
-             "suffixes": suffixes, "follow_links": data.follow_links}
-    origin_of_weights += arch.seen_before(origin, about)
-    check_space(folder, network, -(-recipe.epochs // frequency) + 1)
-    if keep.check_only:
-        print(f"{folder}: all checks passed; without --check_only, the training begins")
-        return folder
-    with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
-        metrics, unfinished = resume(keeper, space, network, optimizer, about)
-        begun = unfinished and unfinished["course"]
-        start = len(metrics)
-        mend_best(run, metrics)
-        if is_finished(metrics, recipe.epochs, held_out.patience):
-            run.log(f"{run.folder}: this training is finished; --save NAME starts another, --extend goes on to more "
-                    "--epochs")
-            require_best(run, metrics)
-            return run.folder
-        run.log(f"{space.name}: the cells of {where}, {shape.layers} of them, {shape.init_channels} channels, "
-                f"{count_parameters(network):,} parameters; {'resumed' if start or begun else origin_of_weights}")
-        run.log(f"{full_name(data.dataset)}: {len(parts[0])} images to train on, {len(parts[1])} held out, "
-                f"{images.info.num_classes} classes; epochs {start} to {recipe.epochs - 1} on {device}"
-                f"{' in bfloat16' if amp else ''}{resumed(start, begun)}")
-        for warning in stream.warnings():
-            run.log(warning)
-        for note in committee_notes(folder, arguments):
-            run.log(note)
+    def _read_images(self, data: DataOptions, shape: NetworkOptions, held_out: HeldOutOptions) -> None:
+        flags = self.flags
+        self.crop = data.image_size if shape.recipe == "imagenet" else None
+        self.images = training_images(data, flags.suffixes, photographs.canvas(self.crop) if self.crop else
+                                      data.image_size)
+        self.parts = split(self.images.labels, held_out)
+        self.stream = Stream(self.images, self.parts[0], flags.batch_size, name="training", seed=flags.seed,
+                             device=self.device, crop=self.crop, flip=flags.flip,
+                             cutout_length=flags.cutout_length or 0, drop_last=True, workers=data.workers)
+        self.dataset_info = describe_images(self.images, data, flags.suffixes, 1 - held_out.valid_portion,
+                                            held_out.split_seed) | {"crop": self.crop}
 
-        forward = torch.compile(network) if options.compile and compiler_works(device, run.log) else network
-        batches = stream.batches(start * stream.steps + (begun["step"] if begun else 0))
-        skip = network if keep.on_nan == "skip" else None
-        for epoch in range(start, recipe.epochs):
-            lr = learning_rate(recipe, epoch, run.stretches.place(epoch)) * processes.lr_scale
-            optimizer.param_groups[0]["lr"] = lr
-            network.drop_path_prob = run.stretches.risen(epoch, recipe.drop_path_prob)
-            network.train()
-            title = f"{space.name} epoch {epoch} of {recipe.epochs}"
-            course = Course(title, epoch, stream, options.report_freq, skip=skip is not None, state=begun)
+    def _build(self, shape: NetworkOptions, genotype: Genotype, origin: arch.Origin | None, processes: ProcessOptions
+               ) -> None:
+        flags = self.flags
+        seed_generators(flags.seed)
+        network = arch.build(shape.recipe, shape.init_channels, shape.layers, shape.auxiliary, self.images.info,
+                             flags.image_size, genotype, self.space.operations)
+        self.initial = arch.begin_from(network, origin) if origin else "all weights initialised at random"
+        self.initial += arch.seen_before(origin, self.dataset_info)
+        network.drop_path_images = flags.batch_size
+        use_exact_sums(accelerate_convolutions(network))
+        if processes.sync_bn:
+            synced.convert(network)
+        self.network = network.to(self.device, memory_format=torch.channels_last)
+        self.optimizer = torch.optim.SGD(network.parameters(), lr=flags.learning_rate, momentum=flags.momentum,
+                                         weight_decay=flags.weight_decay, fused=True)
 
-            def state(epoch=epoch, course=course) -> dict:
-                return checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about, arguments=arguments,
-                                            primitives=primitives, code=own_code) | {
-                    "optimizer": optimizer.state_dict(), "metrics": metrics, "course": course.state()}
+    # What `iterate` calls.
 
-            for step in course:
-                batch = next(batches)
-                # drop path draws from the global generator: with a seed for each step, a resumed run draws the same
-                torch.manual_seed(generator(options.seed, "drop path", epoch, step).initial_seed())
-                course.add(*train_step(forward, optimizer, batch, recipe, shape.auxiliary_weight, amp, skip),
-                           stream.size(step))
-                if epoch == start and step == 4 and not options.compile:  # compiling happens in the first step
-                    announce(run, course.seconds / 5 * stream.steps * (recipe.epochs - start))
-                if (step + 1) % options.report_freq == 0:
-                    distributed.check_network("weights", network)
-                keeper.after_step(state)
+    def weight_step(self, batch: Batch, lr: float) -> tuple[Tensor, Tensor]:
+        """One step of the weights at the rate `lr`. Returns loss and number of right answers, on the device."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        return train_step(self.forward, self.optimizer, batch, self.recipe, self.flags.auxiliary_weight, self.amp,
+                          self.network if self.skip else None)
 
-            row = {"epoch": epoch, "learning_rate": lr, "drop_path_prob": network.drop_path_prob,
-                   "train_loss": course.loss, "train_top1": course.top1, "valid_loss": None, "valid_top1": None}
-            text = f"epoch {epoch:3d}  rate {lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %"
-            looked_at = parts[1] if len(parts[1]) else parts[0][:256]  # some to see whether predictions are finite
-            with keeper.calm(state), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                found = validate(network, images, looked_at, device, data.workers, crop)
-            if len(parts[1]):
-                row |= {"valid_loss": found.loss, "valid_top1": found.top1}
-                text += f"  held out {found.loss:.4f} {found.top1:6.2f} %"
-            metrics.append(row | course.remarks() | found.remarks() | run.stretches.remarks(epoch))
-            run.log(f"{text}{found.remark}  {course.rate:.0f} images/s")
-            begun = None
-            last = is_finished(metrics, recipe.epochs, held_out.patience)
-            distributed.check_network("weights", network)
-            write_epoch(keeper, state() | {"course": None}, last or (epoch + 1) % frequency == 0)
-            if last:
-                break
-        tell_skipped(run, metrics)
-        best = require_best(run, metrics)
+    # What the loop does with it.
+
+    def restore(self, state: dict) -> None:
+        path = self.keeper.path
+        if state["genotype"] != genotypes.to_json(self.network.genotype()):
+            raise InputError(f"{path}: this run began with other cells than those it would train now; restore them, or "
+                             "give --save another name")
+        self.network.load_state_dict(checkpoints.restore_derived(path, state, self.space.operations).state_dict())
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def state(self) -> dict:
+        return checkpoints.describe(self.network, space=self.name, epoch=self.course.epoch, dataset=self.dataset_info,
+                                    arguments=self.arguments, primitives=self.primitives, code=self.code) | {
+            "optimizer": self.optimizer.state_dict(), "metrics": self.metrics, "course": self.course.state()}
+
+    def resume(self) -> None:
+        super().resume()
+        mend_best(self.run, self.metrics)
+
+    def is_finished(self) -> bool:
+        return is_finished(self.metrics, self.flags.epochs, self.flags.patience)
+
+    def finished_before(self) -> None:
+        super().finished_before()
+        require_best(self.run, self.metrics)
+
+    def introduce(self, goes_on: str) -> None:
+        flags = self.flags
+        self.log(f"{self.name}: the cells of {self.where}, {flags.layers} of them, {flags.init_channels} channels, "
+                 f"{count_parameters(self.network):,} parameters; {'resumed' if goes_on else self.initial}")
+        self.log(f"{full_name(flags.dataset)}: {len(self.parts[0])} images to train on, {len(self.parts[1])} held out, "
+                 f"{self.images.info.num_classes} classes; epochs {self.start} to {flags.epochs - 1} on {self.device}"
+                 f"{' in bfloat16' if self.amp else ''}{goes_on}")
+        for warning in self.stream.warnings():
+            self.log(warning)
+        for note in committee_notes(self.folder, self.arguments):
+            self.log(note)
+        compiled = flags.compile and compiler_works(self.device, self.log)
+        self.forward = torch.compile(self.network) if compiled else self.network
+        done = self.start * self.stream.steps + self.start_step
+        self.batches = self.stack.enter_context(closing(self.stream.batches(done)))
+
+    def new_epoch(self, epoch: int, state: dict | None) -> Course:
+        stretches, flags = self.run.stretches, self.flags
+        self.lr = learning_rate(self.recipe, epoch, stretches.place(epoch)) * self.lr_scale
+        self.optimizer.param_groups[0]["lr"] = self.lr
+        self.network.drop_path_prob = stretches.risen(epoch, flags.drop_path_prob)
+        return Course(f"{self.name} epoch {epoch} of {flags.epochs}", epoch, self.stream, flags.report_freq,
+                      skip=self.skip, state=state and state["course"])
+
+    def inputs(self, step: int) -> tuple[Batch, float]:
+        batch = next(self.batches)
+        # drop path draws from the global generator: with a seed for each step, a resumed run draws the same
+        torch.manual_seed(generator(self.flags.seed, "drop path", self.course.epoch, step).initial_seed())
+        return batch, self.lr
+
+    def count(self, result: tuple[Tensor, Tensor], inputs: tuple) -> None:
+        self.course.add(*result, self.stream.size(self.course.step))
+
+    def validate(self) -> Validation:
+        shown = self.parts[1] if len(self.parts[1]) else self.parts[0][:256]  # some, to see if predictions are finite
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return validate(self.network, self.images, shown, self.device, self.flags.workers, self.crop)
+
+    def figures(self, found: Validation) -> tuple[dict, str]:
+        course = self.course
+        row = {"learning_rate": self.lr, "drop_path_prob": self.network.drop_path_prob, "train_loss": course.loss,
+               "train_top1": course.top1, "valid_loss": None, "valid_top1": None}
+        text = f"rate {self.lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %"
+        if len(self.parts[1]):
+            row |= {"valid_loss": found.loss, "valid_top1": found.top1}
+            text += f"  held out {found.loss:.4f} {found.top1:6.2f} %"
+        return row, text
+
+    def write_epoch(self) -> None:
+        lasting = self.is_finished() or len(self.metrics) % self.frequency == 0
+        write_epoch(self.keeper, self.state() | {"course": None}, lasting)
+
+    def finish(self) -> None:
+        tell_skipped(self.run, self.metrics)
+        best = require_best(self.run, self.metrics)
         if best["valid_top1"] is not None:
             chosen = f"{best['valid_top1']:.2f} % of the held-out images"
         else:
-            chosen = "the last" if best is metrics[-1] else "the last whose predictions are finite"
-        run.log(f"best network: epoch {best['epoch']}, {chosen}: {best_checkpoint(run.folder)}")
-        return run.folder
+            chosen = "the last" if best is self.metrics[-1] else "the last whose predictions are finite"
+        self.log(f"best network: epoch {best['epoch']}, {chosen}: {best_checkpoint(self.folder)}")
 
 
 def train_step(forward: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor],
@@ -238,24 +276,15 @@ def write_epoch(keeper: Keeper, state: dict, lasting: bool) -> None:
     run.write_metrics(state["metrics"])
 
 
-def resume(keeper: Keeper, space: Space, network: DerivedNetwork, optimizer: torch.optim.Optimizer, about: dict
-           ) -> tuple[list[dict], dict | None]:
-    """Put the run's last state into network and optimizer; returns what `Keeper.resume` does."""
-    def put(state: dict) -> None:
-        if state["genotype"] != genotypes.to_json(network.genotype()):
-            raise InputError(f"{keeper.path}: this run began with other cells than those it would train now; restore "
-                             "them, or give --save another name")
-        network.load_state_dict(checkpoints.restore_derived(keeper.path, state, space.operations).state_dict())
-        optimizer.load_state_dict(state["optimizer"])
+def main(folder: Path, module: ModuleType, description: str, default: str | None = None, argv: list[str] | None = None
+         ) -> None:
+    """The command `python train.py` of `folder`, for scripts that do not show the loop."""
+    with TrainRun(folder, module, description, argv, default=default) as run:
 
-    return keeper.resume(about, put)
+        def iterate(batch: Batch, lr: float) -> tuple[Tensor, Tensor]:
+            return run.weight_step(batch, lr)
 
-
-def main(folder: Path, module, description: str, default: str | None = None, argv: list[str] | None = None) -> None:
-    """The command `python train.py` of `folder`, whose `genotypes.py` is `module`; `default` replaces its search."""
-    data, shape, *rest = parse(description, GROUPS, argv)
-    if shape.arch is None and not shape.init_from:
-        shape = replace(shape, arch=default)
-    primitives = tuple(getattr(module, "PRIMITIVES", OPERATIONS))
-    space = Space(folder.name, folder, own_operations=getattr(module, "OPERATIONS", {}))
-    train(space, primitives, named_genotypes(module), data, shape, *rest)
+        for epoch in run.epochs():
+            for batch, lr in run.steps(epoch):
+                run.do(iterate, batch, lr)
+            run.end_epoch()

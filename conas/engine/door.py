@@ -49,12 +49,18 @@ def accelerate(network: Supernet, synced: bool = False, wanted: bool = True) -> 
     `synced` lets BatchNorm in training be by the images of all processes, with or without the engine. To be called
     before an architect or an optimizer of flat weights is made, since the order of `network.flat()` changes.
     """
-    if not wanted or why_not(network) is not None:
+    return engine_or_reason(network, synced, wanted)[0]
+
+
+def engine_or_reason(network: Supernet, synced: bool, wanted: bool) -> tuple[PackedPass | None, str | None]:
+    """What `accelerate` returns, and, if that is None, the reason in words."""
+    reason = why_not(network) if wanted else "--no-engine"
+    if reason is not None:
         if synced:
             convert(network)
-        return None
+        return None, reason
     packed = PackedPass(network)
     packed.synced = synced
     network.with_weights = packed.logits
     network.flat_order(packed.order)
-    return packed
+    return packed, None

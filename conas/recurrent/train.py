@@ -2,8 +2,8 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -16,15 +16,10 @@ from conas.darts.space import Space
 from conas.errors import InputError
 from conas.recurrent.files import choose_cell, named_genotypes, restore
 from conas.recurrent.genotype import ACTIVATIONS
-from conas.recurrent.model import RecurrentNetwork
+from conas.recurrent.model import RecurrentNetwork, TextBatch
 from conas.recurrent.options import (
     HINT,
     TRAIN_GROUPS,
-    LanguageRunOptions,
-    TextOptions,
-    TrainDropoutOptions,
-    TrainSgdOptions,
-    TrainUnitOptions,
     check_units,
 )
 from conas.recurrent.steps import (
@@ -40,11 +35,12 @@ from conas.recurrent.steps import (
 from conas.recurrent.text import Text, load_corpus
 from conas.runs import checkpoint as checkpoints
 from conas.runs.best import best_epoch, mend_best, require_best
-from conas.runs.folder import Run, best_checkpoint, folder_name
-from conas.runs.options import KeepOptions
+from conas.runs.folder import best_checkpoint, folder_name
+from conas.runs.loop import Loop
 from conas.runs.preflight import check_outputs, check_space
-from conas.runs.progress import announce, resumed, tell_skipped
-from conas.runs.resume import Keeper, seed_generators
+from conas.runs.progress import tell_skipped
+from conas.runs.resume import seed_generators
+from conas.runs.scores import Validation
 
 LOWER = "a lower --lr or --clip under another --save name may help"
 SPREAD = 5.0  # words: standard deviation of the pieces' lengths
@@ -92,96 +88,130 @@ def should_average(losses: list[float], nonmono: int) -> bool:
     return len(earlier) > nonmono and last > min(earlier[:-nonmono])
 
 
-def train(space: Space, module, text: TextOptions, units: TrainUnitOptions, rates: TrainDropoutOptions,
-          sgd: TrainSgdOptions, options: LanguageRunOptions, keep: KeepOptions) -> Path:
-    """Run or continue one training and return its folder. `module` is the folder's `genotypes.py`."""
-    check_units(units)
-    folder = space.train_folder(folder_name(options.save))
-    check_outputs(folder)
-    device = find_device(options.device, keep.deterministic)
-    genotype, where = choose_cell(space, named_genotypes(module), units)
-    primitives = tuple(getattr(module, "PRIMITIVES", ACTIVATIONS))
-    groups = (text, units, rates, sgd, options, keep)
-    arguments = {name: value for group in groups for name, value in asdict(group).items()}
-    corpus = load_corpus(text.dataset, text.data)
-    words, valid = Text(corpus, "train", sgd.batch_size, device), validation_text(corpus, device)
-    schedule = Schedule(words, text.bptt, SPREAD, rates, options.seed)
+class TrainRun(Loop):
+    """The training of a recurrent cell in `folder`, by its flags: what its script train.py shows the loop of.
 
-    seed_generators(options.seed)
-    network = RecurrentNetwork(len(corpus.words), units.nhid, genotype).to(device)
-    optimizer = weight_optimizer(network, sgd.lr, sgd.wdecay)
-    about, skip = corpus.about(), keep.on_nan == "skip"
-    check_space(folder, network, 1)
-    if keep.check_only:
-        print(f"{folder}: all checks passed; without --check_only, the training begins")
-        return folder
-    with Run(folder, arguments) as run, Keeper(run, keep.checkpoint_minutes) as keeper:
-        metrics, begun, average = resume(keeper, network, optimizer, about)
-        start = len(metrics)
-        with network_of(average):
-            mend_best(run, metrics, None if begun else checkpoints.describe(
-                network, space=space.name, epoch=start - 1, dataset=about, arguments=arguments,
-                primitives=primitives))
-        if start == sgd.epochs:
-            run.log(f"{run.folder}: this training is finished; --save NAME starts another, --extend goes on to more "
-                    "--epochs")
-            require_best(run, metrics, LOWER)
-            return run.folder
-        for note in corpus.notes:
-            run.log(note)
-        run.log(f"{space.name}: the cell of {where}, {units.nhid} units, {count_parameters(network):,} parameters")
-        run.log(f"{corpus.name}: {len(corpus.words)} words of vocabulary, {words.columns.numel()} of text; epochs "
-                f"{start} to {sgd.epochs - 1} on {device}{resumed(start, begun and begun['course'])}")
+    `module` is the folder's genotypes.py; `argv` are the flags, those of the command line by default. Raises InputError
+    for what could not be computed or written.
+    """
 
-        for epoch in range(start, sgd.epochs):
-            reader = Reader(words, network, begun and begun["reader"])
-            course = TextCourse(f"{space.name} epoch {epoch} of {sgd.epochs}", epoch, schedule, options.report_freq,
-                                skip=skip, state=begun and begun["course"])
-            begun = None
-            network.train()
+    kind, unit, shorter = "training", "words", HINT
+    network: RecurrentNetwork
+    optimizer: torch.optim.SGD
 
-            def state(epoch=epoch, course=course, reader=reader, average=average) -> dict:
-                return checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about, arguments=arguments,
-                                            primitives=primitives) | {
-                    "optimizer": optimizer.state_dict(), "average": average and average.state(), "metrics": metrics,
-                    "course": course.state(), "reader": reader.state()}
+    def __init__(self, folder: Path, module: ModuleType, description: str = "", argv: list[str] | None = None):
+        distributed.refuse("rnn/train.py")
+        text, units, rates, sgd, options, keep = parse(description, TRAIN_GROUPS, argv)
+        check_units(units)
+        self.space = Space(folder.name, folder)
+        run_folder = self.space.train_folder(folder_name(options.save))
+        check_outputs(run_folder)
+        self.device = device = find_device(options.device, keep.deterministic)
+        genotype, self.where = choose_cell(self.space, named_genotypes(module), units)
+        self.primitives = tuple(getattr(module, "PRIMITIVES", ACTIVATIONS))
+        super().__init__(self.space.name, run_folder, (text, units, rates, sgd, options, keep), keep)
+        self.corpus = corpus = load_corpus(text.dataset, text.data)
+        self.text, self.valid = Text(corpus, "train", sgd.batch_size, device), validation_text(corpus, device)
+        self.schedule = Schedule(self.text, text.bptt, SPREAD, rates, options.seed)
 
-            for step in course:
-                length = course.lengths[step]
-                batch = reader.next(length, schedule.masks("weights", network, epoch, step))
-                optimizer.param_groups[0]["lr"] = sgd.lr * length / text.bptt
-                course.add(weight_step(network, optimizer, batch, grad_clip=sgd.clip, slowness=sgd.beta,
-                                       activity=sgd.alpha, skip=skip), batch)
-                if average is not None:
-                    average.update()
-                if epoch == start and step == 4:
-                    announce(run, course.seconds / 5 * course.steps * (sgd.epochs - start), HINT)
-                keeper.after_step(state)
+        seed_generators(options.seed)
+        self.network = RecurrentNetwork(len(corpus.words), units.nhid, genotype).to(device)
+        self.optimizer = weight_optimizer(self.network, sgd.lr, sgd.wdecay)
+        self.average: Average | None = None  # of the weights, once ASGD has begun
+        self.dataset_info = corpus.about()
+        check_space(run_folder, self.network, 1)
 
-            kind = "SGD" if average is None else "ASGD"
-            with keeper.calm(state), network_of(average):
-                found = validate(network, valid, text.bptt)
-            metrics.append({"epoch": epoch, "learning_rate": sgd.lr, "optimizer": kind, "train_loss": course.loss,
-                            "valid_loss": found.loss} | course.remarks() | found.remarks()
-                           | run.stretches.remarks(epoch))
-            run.log(f"epoch {epoch:3d}  {kind:4}  train {course.loss:.4f} perplexity {perplexity(course.loss):.2f}  "
-                    f"valid {found.loss:.4f} perplexity {perplexity(found.loss):.2f}{found.remark}  "
-                    f"{course.rate:.0f} words/s")
-            if best_epoch(metrics) == epoch:
-                with network_of(average):
-                    best = state()
-                    checkpoints.save(run.folder / "checkpoints" / "best.pt",
-                                     checkpoints.without_progress(best))
-            if average is None and should_average([row["valid_loss"] for row in metrics], sgd.nonmono):
-                run.log("the validation text improves no more: from here on the weights are averaged")
-                average = Average(network)
-            keeper.save(state(average=average) | {"course": None})
-            run.write_metrics(metrics)
-        tell_skipped(run, metrics)
-        best = require_best(run, metrics, LOWER)
-        run.log(f"best network: epoch {best['epoch']}, validation perplexity {perplexity(best['valid_loss']):.2f}: "
-                f"{best_checkpoint(run.folder)}")
-        return run.folder
+    # What `iterate` calls.
+
+    def weight_step(self, batch: TextBatch, lr: float) -> Tensor:
+        """One step of the weights at the rate `lr`. Returns the loss in nats a word, on the device."""
+        self.optimizer.param_groups[0]["lr"] = lr
+        return weight_step(self.network, self.optimizer, batch, grad_clip=self.flags.clip, slowness=self.flags.beta,
+                           activity=self.flags.alpha, skip=self.skip)
+
+    def average_weights(self) -> None:
+        """Count the weights as they are now, if they are averaged yet."""
+        if self.average is not None:
+            self.average.update()
+
+    # What the loop does with it.
+
+    def restore(self, state: dict) -> None:
+        path = self.keeper.path
+        if state["genotype"] != genotypes.to_json(self.network.genotype()):
+            raise InputError(f"{path}: this run began with another cell than the one it would train now; restore that, "
+                             "or give --save another name")
+        self.network.load_state_dict(restore(path, state).state_dict())
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average = Average(self.network, state["average"]) if state["average"] else None
+
+    def checkpoint(self, epoch: int) -> dict:
+        """Of the network as it is now."""
+        return checkpoints.describe(self.network, space=self.name, epoch=epoch, dataset=self.dataset_info,
+                                    arguments=self.arguments, primitives=self.primitives)
+
+    def state(self) -> dict:
+        return self.checkpoint(self.course.epoch) | {
+            "optimizer": self.optimizer.state_dict(), "average": self.average and self.average.state(),
+            "metrics": self.metrics, "course": self.course.state(), "reader": self.reader.state()}
+
+    def resume(self) -> None:
+        super().resume()
+        with network_of(self.average):
+            mend_best(self.run, self.metrics, None if self.unfinished else self.checkpoint(len(self.metrics) - 1))
+
+    def finished_before(self) -> None:
+        super().finished_before()
+        require_best(self.run, self.metrics, LOWER)
+
+    def introduce(self, goes_on: str) -> None:
+        for note in self.corpus.notes:
+            self.log(note)
+        self.log(f"{self.name}: the cell of {self.where}, {self.flags.nhid} units, "
+                 f"{count_parameters(self.network):,} parameters")
+        self.log(f"{self.corpus.name}: {len(self.corpus.words)} words of vocabulary, {self.text.columns.numel()} of "
+                 f"text; epochs {self.start} to {self.flags.epochs - 1} on {self.device}{goes_on}")
+
+    def new_epoch(self, epoch: int, state: dict | None) -> TextCourse:
+        self.reader = Reader(self.text, self.network, state and state["reader"])
+        return TextCourse(f"{self.name} epoch {epoch} of {self.flags.epochs}", epoch, self.schedule,
+                          self.flags.report_freq, skip=self.skip, state=state and state["course"])
+
+    def inputs(self, step: int) -> tuple[TextBatch, float]:
+        length = self.course.lengths[step]
+        batch = self.reader.next(length, self.schedule.masks("weights", self.network, self.course.epoch, step))
+        return batch, self.flags.lr * length / self.flags.bptt
+
+    def count(self, result: Tensor, inputs: tuple) -> None:
+        self.course.add(result, inputs[0])
+
+    def validate(self) -> Validation:
+        with network_of(self.average):
+            return validate(self.network, self.valid, self.flags.bptt)
+
+    def figures(self, found: Validation) -> tuple[dict, str]:
+        kind, loss = "SGD" if self.average is None else "ASGD", self.course.loss
+        return ({"learning_rate": self.flags.lr, "optimizer": kind, "train_loss": loss, "valid_loss": found.loss},
+                f"{kind:4}  train {loss:.4f} perplexity {perplexity(loss):.2f}  "
+                f"valid {found.loss:.4f} perplexity {perplexity(found.loss):.2f}")
+
+    def write_epoch(self) -> None:
+        epoch = self.course.epoch
+        if best_epoch(self.metrics) == epoch:
+            with network_of(self.average):
+                checkpoints.save(self.folder / "checkpoints" / "best.pt", self.checkpoint(epoch))
+        losses = [row["valid_loss"] for row in self.metrics]
+        if self.average is None and should_average(losses, self.flags.nonmono):
+            self.log("the validation text improves no more: from here on the weights are averaged")
+            self.average = Average(self.network)
+        self.keeper.save(self.state() | {"course": None})
+        self.run.write_metrics(self.metrics)
+
+    def finish(self) -> None:
+        tell_skipped(self.run, self.metrics)
+        best = require_best(self.run, self.metrics, LOWER)
+        self.log(f"best network: epoch {best['epoch']}, validation perplexity {perplexity(best['valid_loss']):.2f}: "
+                 f"{best_checkpoint(self.folder)}")
 
 
 @contextmanager
@@ -194,28 +224,16 @@ def network_of(average: Average | None) -> Iterator[None]:
             yield
 
 
-def resume(keeper: Keeper, network: RecurrentNetwork, optimizer: torch.optim.Optimizer, about: dict
-           ) -> tuple[list[dict], dict | None, Average | None]:
-    """Put the run's last state into network and optimizer.
+def main(folder: Path, module: ModuleType, description: str, argv: list[str] | None = None) -> None:
+    """The command `python train.py` of `folder`, for scripts that do not show the loop."""
+    with TrainRun(folder, module, description, argv) as run:
 
-    Returns what `Keeper.resume` does, and the average of the weights, if it has begun.
-    """
-    average = None
+        def iterate(batch: TextBatch, lr: float) -> Tensor:
+            loss = run.weight_step(batch, lr)
+            run.average_weights()
+            return loss
 
-    def put(state: dict) -> None:
-        nonlocal average
-        if state["genotype"] != genotypes.to_json(network.genotype()):
-            raise InputError(f"{keeper.path}: this run began with another cell than the one it would train now; "
-                             "restore that, or give --save another name")
-        network.load_state_dict(restore(keeper.path, state).state_dict())
-        optimizer.load_state_dict(state["optimizer"])
-        average = Average(network, state["average"]) if state["average"] else None
-
-    metrics, unfinished = keeper.resume(about, put)
-    return metrics, unfinished, average
-
-
-def main(folder: Path, module, description: str, argv: list[str] | None = None) -> None:
-    """The command `python train.py` of `folder`, whose `genotypes.py` is `module`."""
-    distributed.refuse("rnn/train.py")
-    train(Space(folder.name, folder), module, *parse(description, TRAIN_GROUPS, argv))
+        for epoch in run.epochs():
+            for batch, lr in run.steps(epoch):
+                run.do(iterate, batch, lr)
+            run.end_epoch()

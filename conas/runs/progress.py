@@ -117,9 +117,8 @@ def descend(optimizer: torch.optim.Optimizer, loss: Tensor, grad_clip: float,
     return loss
 
 
-def resumed(epoch: int, course: dict | None) -> str:
+def resumed(epoch: int, steps: int) -> str:
     """Where a run goes on, for its first lines; nothing if it begins."""
-    steps = course["step"] if course else 0
     return f"; goes on in epoch {epoch} after {steps} steps" if epoch or steps else ""
 
 
