@@ -15,11 +15,11 @@ from conas.darts.architect import Batch
 
 WARM_UP = 3  # iterations
 
-Iterate = Callable[[Batch, Batch, Tensor | float], tuple[Tensor, ...] | None]
+Iterate = Callable[..., tuple[Tensor, ...] | None]  # of batches and the learning rate
 
 
 class Replayed:
-    """An `iterate` (train batch, valid batch, learning rate) that is replayed for batches of `size` images.
+    """An `iterate` (batches, then the learning rate) that is replayed for batches of `size` images.
 
     `iterate` must not look at values on the host, and reads the learning rate from its argument and from `optimizer`.
     `record` stands in for `capture`. If it raises RuntimeError, a line to `log` says so, and iterations go on as usual.
@@ -33,26 +33,27 @@ class Replayed:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self.seen, self.inputs, self.replay, self.results = 0, None, None, None
 
-    def __call__(self, train: Batch, valid: Batch, lr: float) -> tuple[Tensor, ...] | None:
+    def __call__(self, *inputs: Batch | float) -> tuple[Tensor, ...] | None:
+        *batches, lr = inputs
         self.rate.fill_(lr)
         self.optimizer.param_groups[0]["lr"] = self.rate
         self.seen += 1
         if self.record is not None and self.seen <= WARM_UP:
-            return _aside(lambda: self.iterate(train, valid, self.rate), self.stream)
-        if self.record is None or len(train[1]) < self.size:
-            return self.iterate(train, valid, self.rate)
+            return _aside(lambda: self.iterate(*batches, self.rate), self.stream)
+        if self.record is None or any(len(labels) < self.size for _, labels in batches):
+            return self.iterate(*batches, self.rate)
         if self.replay is None:
-            self.inputs = [tensor.clone() for tensor in (*train, *valid)]
+            self.inputs = [tuple(tensor.clone() for tensor in batch) for batch in batches]
             try:
-                self.replay, self.results = self.record(
-                    lambda: self.iterate(self.inputs[:2], self.inputs[2:], self.rate))
+                self.replay, self.results = self.record(lambda: self.iterate(*self.inputs, self.rate))
             except RuntimeError as error:
                 self.log(f"--cuda_graph: the iteration cannot be recorded ({str(error).strip().splitlines()[0]}); "
                          "the search goes on without a graph")
                 self.record = None
-                return self.iterate(train, valid, self.rate)
-        for own, tensor in zip(self.inputs, (*train, *valid)):
-            own.copy_(tensor, non_blocking=True)
+                return self.iterate(*batches, self.rate)
+        for own, batch in zip(self.inputs, batches):
+            for kept, tensor in zip(own, batch):
+                kept.copy_(tensor, non_blocking=True)
         self.replay()
         return self.results
 
