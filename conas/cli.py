@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import errno
 import io
+import math
 import os
 import signal
 import sys
@@ -97,12 +98,13 @@ def _add_flag(arguments, field: dataclasses.Field, kind) -> None:
 def _check_range(field: dataclasses.Field, value) -> None:
     low, high = field.metadata["low"], field.metadata["high"]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        # `not >=` rather than `<`, so that NaN is refused
-        if low is not None and not value >= low:
+        if isinstance(value, float) and not math.isfinite(value):
+            raise InputError(f"--{field.name} {value}: must be a finite number")
+        if low is not None and value < low:
             raise InputError(f"--{field.name} {value}: must be at least {low}")
         if isinstance(value, int) and abs(value) >= 2**63:
             raise InputError(f"--{field.name} {value}: must have at most 18 digits")
-        if high is not None and not value <= high:
+        if high is not None and value > high:
             raise InputError(f"--{field.name} {value}: must be at most {high}")
         if field.metadata["even"] and value % 2:
             raise InputError(f"--{field.name} {value}: must be even, since a reduction splits channels in two halves")

@@ -34,7 +34,7 @@ def test_defaults_and_values():
 @pytest.mark.parametrize("argv, words", [
     (["--count", "0"], "--count 0: must be at least 1"),
     (["--count", "10"], "--count 10: must be at most 9"),
-    (["--rate", "nan"], "--rate nan: must be at least"),
+    (["--rate", "nan"], "--rate nan: must be a finite"),
     (["--even", "3"], "--even 3: must be even"),
     (["--even", "1" + 30 * "0"], "must have at most 18 digits"),
     (["--count", "x"], "--count"),

@@ -169,6 +169,7 @@ def test_ctrl_c(copy):
     (["--layers", "2"], ["--layers 2", "at least 3"]),
     (["--init_channels", "5"], ["--init_channels 5", "even"]),
     (["--learning_rate", "nan"], ["--learning_rate nan"]),
+    (["--weight_decay", "inf"], ["--weight_decay inf: must be a finite number"]),
     (["--dataset", "mnits"], ["--dataset", "mnits"]),
     (["--device", "gpu"], ["--device gpu", "cuda"]),
     (["--device", "cuda:99"], ["--device cuda:99"]),

@@ -219,7 +219,8 @@ def test_predictions_that_are_not_finite_are_said(report):
     summary, committee = html.stored_committee(report.parent.parent, "EXP")
     summary["not_finite"] = [{"name": "cnn_space2", "epoch": 3, "split": "test", "not_finite": 2, "images": 36}]
     section = page_module.Page(summary, committee, [], None, None).result()
-    assert "cnn_space2, epoch 3: 2 of 36 predictions are not finite on the test images; the epoch is left out" in section
+    assert ("cnn_space2, epoch 3: 2 of 36 predictions are not finite on the test images; the epoch is left out"
+            in section)
 
 
 def test_corruption_curves(report):
