@@ -105,8 +105,8 @@ def main(folder: Path, supernet: type[RecurrentSupernet], module, description: s
         tell_changes(folder, path, checkpoint)
         known = checkpoint["dataset"]
         name = options.dataset or known["name"]
-        root = (ROOT / "data" if name != known["name"] and options.data is None else  # another text is not where its was
-                find_data(path, known["root"], options.data))
+        elsewhere = name != known["name"] and options.data is None  # another text is not where the trained one is
+        root = ROOT / "data" if elsewhere else find_data(path, known["root"], options.data)
         corpus = load_corpus(name, root)
         print(f"{path}: {checkpoint['space']}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")
         if list(corpus.words) != known["classes"]:
