@@ -17,23 +17,23 @@ import torch
 from conas import distributed
 from conas.errors import InputError, Stopped, one_line
 from conas.memory import is_out_of_memory, keep_freed_memory, needs_less
-from conas.places import absolute
+from conas.places import absolute, is_path
 
 STOPPED = "stopped; start the same command again to go on from what was kept"
 
 
 def option(default, help: str, *, low=None, high=None, choices: Sequence[str] | None = None, even: bool = False,
-           path: str | None = None):
+           path: str | tuple[str, ...] | None = None):
     """A dataclass field that is also a command-line flag. `low` and `high` are inclusive bounds.
 
-    With `path`, a value that ends in it is a path, and is made absolute: "" for any value.
+    With `path`, a value that ends in it, or in one of them, is a path, and is made absolute: "" for any value.
     """
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices,
                                                         "even": even, "path": path})
 
 
-def path_flags(groups: Sequence[type]) -> dict[str, str]:
-    """The flags of dataclasses whose values are paths, each with the suffix that makes its value one."""
+def path_flags(groups: Sequence[type]) -> dict[str, str | tuple[str, ...]]:
+    """The flags of dataclasses whose values are paths, each with the suffix, or suffixes, that make its value one."""
     return {f"--{field.name}": field.metadata["path"] for group in groups for field in dataclasses.fields(group)
             if field.metadata["path"] is not None}
 
@@ -74,7 +74,7 @@ def parse(description: str, groups: Sequence[type], argv: Sequence[str] | None =
         for field in dataclasses.fields(group):
             value, suffix = getattr(values, field.name), field.metadata["path"]
             _check_range(field, value)
-            if value and suffix is not None and value.endswith(suffix):
+            if value and suffix is not None and is_path(value, suffix):
                 setattr(values, field.name, absolute(value))
     return [group(**{f.name: getattr(values, f.name) for f in dataclasses.fields(group)}) for group in groups]
 

@@ -96,13 +96,18 @@ def check_zip(path: str | Path) -> None:
 
 
 def read_json(path: str | Path) -> object:
-    """What a JSON file holds. Raises OSError if it cannot be opened, and ValueError if it is not JSON.
+    """What a JSON file holds. Raises OSError if it cannot be opened, and ValueError as `parse_json` does."""
+    check_regular(path)
+    return parse_json(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_json(text: str) -> object:
+    """What a JSON text holds. Raises ValueError if it is not JSON.
 
     More than 64 levels of brackets and an object with the same key twice count as not JSON.
     """
-    check_regular(path)
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"), object_pairs_hook=_distinct)
+        content = json.loads(text, object_pairs_hook=_distinct)
     except RecursionError as error:
         raise ValueError("too many brackets inside each other") from error
     level, depth = [content], 0

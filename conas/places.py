@@ -30,17 +30,23 @@ def absolute(path: str, *bases: str | Path) -> str:
     return short if os.path.realpath(short) == real else real
 
 
-def absolute_words(words: list[str], flags: dict[str, str], *bases: str | Path) -> list[str]:
+def is_path(value: str, suffixes: str | tuple[str, ...]) -> bool:
+    """Whether a value ends in one of these, or is FILE:NAME where FILE does."""
+    return value.endswith(suffixes) or (":" in value and "\n" not in value and
+                                        value.rpartition(":")[0].endswith(suffixes))
+
+
+def absolute_words(words: list[str], flags: dict[str, str | tuple[str, ...]], *bases: str | Path) -> list[str]:
     """The words of a command with all paths among them made absolute.
 
-    `flags` are those whose value is a path, each with the suffix that its value must have to be one.
+    `flags` are those whose value is a path, each with the suffixes of which its value must have one to be a path.
     """
     made = []
     for word in words:
         flag, equals, value = word.partition("=")
-        if equals and flag in flags and value.endswith(flags[flag]):
+        if equals and flag in flags and is_path(value, flags[flag]):
             word = f"{flag}={absolute(value, *bases)}"
-        elif made and made[-1] in flags and word.endswith(flags[made[-1]]):
+        elif made and made[-1] in flags and is_path(word, flags[made[-1]]):
             word = absolute(word, *bases)
         made.append(word)
     return made

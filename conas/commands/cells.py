@@ -9,10 +9,11 @@ from conas.darts import genotype as genotypes
 from conas.darts.derived import DerivedNetwork, NetworkCIFAR, NetworkImageNet
 from conas.darts.genotype import Genotype
 from conas.darts.operations import OPERATIONS
-from conas.darts.published import find_genotype, named_genotypes  # noqa: F401  also for those who import it here
+from conas.darts.published import named_genotypes  # noqa: F401  also for those who import it here
 from conas.darts.space import Space
 from conas.data.images import DATASETS, DataInfo
 from conas.errors import InputError
+from conas.exchange.cells import find_cell, find_genotype  # noqa: F401  also for those who import it here
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import folder_name
 from conas.runs.options import PHOTOGRAPHS, RECIPES, DataOptions, NetworkOptions, RecipeOptions
@@ -68,7 +69,7 @@ def choose_cells(space: Space, primitives: Sequence[str], named: Mapping[str, ob
     """The cells to train, and where they come from in words. Raises InputError for those that may not be trained."""
     there = origin.genotype if origin else None
     if shape.arch is not None:
-        genotype, where = find_genotype(shape.arch, named, operations=space.operations), f"--arch {shape.arch}"
+        (genotype, read_from), where = find_cell(shape.arch, named, operations=space.operations), f"--arch {shape.arch}"
         if there is not None and genotypes.to_json(there) != genotypes.to_json(genotype):
             raise InputError(f"--init_from {origin.path}: was trained with other cells than {where}; without --arch, "
                              "its own are taken")
@@ -79,7 +80,7 @@ def choose_cells(space: Space, primitives: Sequence[str], named: Mapping[str, ob
         where = path.relative_to(space.folder).as_posix()
     if not shape.any_ops:
         check_operations(genotype, where, primitives)
-    return genotype, where
+    return genotype, f"{where} ({read_from})" if shape.arch is not None else where
 
 
 def fill_in(data: DataOptions, shape: NetworkOptions, recipe: RecipeOptions, origin: Origin | None

@@ -12,19 +12,20 @@ from conas.cli import find_device, option, parse
 from conas.commands import cells as arch
 from conas.commands.scoring import load_images, predict
 from conas.darts import genotype as genotypes
-from conas.darts.derived import DerivedNetwork, count_parameters, flops
-from conas.darts.published import GENOTYPES, find_genotype
+from conas.darts.derived import DerivedNetwork, count_parameters, multiply_adds
+from conas.darts.published import GENOTYPES
 from conas.darts.space import Space
 from conas.darts.supernet import Supernet
 from conas.data import imagenet_augment as photographs
 from conas.data.imagefiles import RESIZES
 from conas.data.images import DATASETS, ImageSet, full_name, load
-from conas.errors import InputError
+from conas.errors import InputError, one_line
+from conas.exchange.cells import find_cell
 from conas.places import find_data
 from conas.runs import checkpoint as checkpoints
 from conas.runs import wrappers
 from conas.runs.folder import best_checkpoint, folder_name
-from conas.runs.options import RECIPES, ROOT, ModelOptions, TestOptions
+from conas.runs.options import CELL_FILES, RECIPES, ROOT, ModelOptions, TestOptions
 from conas.runs.scores import finite_rows, mean_loss, remark, topk_accuracy
 
 
@@ -32,8 +33,8 @@ from conas.runs.scores import finite_rows, mean_loss, remark, topk_accuracy
 class PublishedOptions:
     """network in a file of DARTS' own code; the checkpoints of train.py describe theirs"""
 
-    arch: str = option("DARTS", "the cells: a published name, SPACE/NAME as cnn_space1/CONAS, or a file NAME.json",
-                       path=".json")
+    arch: str = option("DARTS", "the cells: a published name, SPACE/NAME as cnn_space1/CONAS, a file, as FILE or "
+                       "FILE:NAME, or their text, in a form of docs/extending.md", path=CELL_FILES)
     auxiliary: bool = option(False, "the network has an auxiliary head")
     init_channels: int | None = option(None, "channels of the first cells (default: the paper's)", low=2, high=1024,
                                        even=True)
@@ -65,7 +66,8 @@ def measure(network: nn.Module, images: ImageSet, options: TestOptions, crop: in
     """What a network does on a test split.
 
     top1_error and top5_error in percent, loss in nats, parameters without an auxiliary head, multiply_adds for one
-    image, images_per_second with their preparation; images, and how many of them have a prediction that is not_finite:
+    image, and multiply_adds_thop, as `conas.darts.derived.multiply_adds` counts both, images_per_second with their
+    preparation; images, and how many of them have a prediction that is not_finite:
     those are errors, and make the loss NaN.
     """
     device = find_device(options.device)
@@ -75,11 +77,12 @@ def measure(network: nn.Module, images: ImageSet, options: TestOptions, crop: in
     logits = predict(network, images, options.batch_size, device, workers=options.workers, crop=crop)
     seconds = time.perf_counter() - began
     size = crop or images.info.image_size
+    own, as_thop = multiply_adds(network, (images.info.channels, size, size))
     return {"top1_error": 100 * (1 - topk_accuracy(logits, images.labels)),
             "top5_error": 100 * (1 - topk_accuracy(logits, images.labels, 5)),
             "loss": mean_loss(logits, images.labels),
             "parameters": count_parameters(network),
-            "multiply_adds": flops(network, (images.info.channels, size, size)),
+            "multiply_adds": own, "multiply_adds_thop": as_thop,
             "images_per_second": len(images) / seconds,
             "images": len(images), "not_finite": int((~finite_rows(logits)).sum())}
 
@@ -115,6 +118,8 @@ def as_text(figures: Mapping[str, float], published: Mapping[str, float]) -> str
                        ("images_per_second", "{value:.0f} images per second")):
         line, beside = (text.format(value=v, accuracy=100 - v, millions=v / 1e6)
                         for v in (figures[name], published.get(name, 0.0)))
+        if name == "multiply_adds":
+            line += f"; {figures['multiply_adds_thop'] / 1e6:.1f} M as thop counts"
         lines.append(f"{line:40}published: {beside}" if name in published else line)
     return "\n".join(lines)
 
@@ -124,7 +129,8 @@ def open_published(path: str | Path, content: object, published: Published, opti
                    ) -> tuple[DerivedNetwork, ImageSet, int | None]:
     """Network, test images and crop for a file of DARTS' code. Raises InputError if they do not fit together."""
     state = checkpoints.published_state(path, content)
-    genotype = find_genotype(options.arch, named)
+    genotype, read_from = find_cell(options.arch, named)
+    print(f"--arch {one_line(options.arch, 80)}: {read_from}")
     dataset = options.dataset or published.dataset
     size = options.image_size or DATASETS[dataset].image_size
     crop = size if published.recipe == "imagenet" else None

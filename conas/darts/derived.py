@@ -221,18 +221,33 @@ def count_parameters(network: nn.Module) -> int:
 
 
 def flops(network: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Multiply-adds for one image of `input_shape` (channels, H, W) in evaluation, as papers count them.
+    """Multiply-adds for one image of `input_shape` (channels, H, W) in evaluation.
 
-    A multiplication with its addition counts once; only convolutions and linear layers count. The paper gives
-    574 M for DARTS_V2 on ImageNet without saying how it counted; this convention gives 530 M.
+    A multiplication with its addition counts once; only convolutions and linear layers count.
     """
-    like = next(network.parameters())
-    training = network.training
-    counter = FlopCounterMode(display=False)
+    return multiply_adds(network, input_shape)[0]
+
+
+def multiply_adds(network: nn.Module, input_shape: tuple[int, int, int]) -> tuple[int, int]:
+    """`flops`, and what the package thop counts beside them, whose convention many papers follow.
+
+    thop 0.1.1 adds 4 for every value that a BatchNorm with affine parameters takes (2 without), and 1 for every value
+    that an average pool gives. DARTS_V2 on ImageNet: 529.9 M and 546.5 M; the paper gives 574 M, which neither is.
+    """
+    like, training, counter, more = next(network.parameters()), network.training, FlopCounterMode(display=False), [0]
+
+    def add(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
+        more[0] += output.numel() * (2 + 2 * module.affine if isinstance(module, nn.BatchNorm2d) else 1)
+
+    hooks = [module.register_forward_hook(add) for module in network.modules()
+             if isinstance(module, (nn.BatchNorm2d, nn.AvgPool2d))]
     network.eval()
     try:
         with torch.no_grad(), counter:
             network(torch.zeros(1, *input_shape, dtype=like.dtype, device=like.device))
     finally:
         network.train(training)
-    return counter.get_total_flops() // 2  # the counter takes multiplication and addition apart
+        for hook in hooks:
+            hook.remove()
+    own = counter.get_total_flops() // 2  # the counter takes multiplication and addition apart
+    return own, own + more[0]

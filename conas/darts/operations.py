@@ -95,14 +95,19 @@ class Zero(nn.Module):
         return torch.zeros_like(x[:, :, ::self.stride, ::self.stride])
 
 
-class AveragePool(nn.AvgPool2d):
-    """`average_pool` as a module."""
+class AveragePool(nn.Module):
+    """`average_pool` as a module. Torch's own does it where that is right, so that tools that count modules see it."""
 
     def __init__(self, stride: int):
-        super().__init__(3, stride, padding=1, count_include_pad=False)
+        super().__init__()
+        self.stride, self.pool = stride, nn.AvgPool2d(3, stride, padding=1, count_include_pad=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return average_pool(x, self.stride)
+        return self.pool(x) if _is_right(x) else average_pool(x, self.stride)
+
+
+def _is_right(x: Tensor) -> bool:
+    return x.device.type in RIGHT_GRADIENT or not (x.requires_grad and torch.is_grad_enabled())
 
 
 def average_pool(x: Tensor, stride: int) -> Tensor:
@@ -112,7 +117,7 @@ def average_pool(x: Tensor, stride: int) -> Tensor:
     version 2.11 (pytorch/pytorch#188344), and nothing says so. The mean of those n pixels of a window that lie inside
     is the mean of the zero-padded window times 9 / n, so pooling without padding does.
     """
-    if x.device.type in RIGHT_GRADIENT or not (x.requires_grad and torch.is_grad_enabled()):
+    if _is_right(x):
         return avg_pool2d(x, 3, stride, 1, count_include_pad=False)
     means = avg_pool2d(pad(x, (1, 1, 1, 1)), 3, stride)
     return torch.addcmul(means, means, missing_pixels(*x.shape[2:], stride, x.dtype, x.device))

@@ -8,6 +8,7 @@ Equal genotypes give byte-identical files. Matplotlib is imported only when some
 """
 import io
 import itertools
+import os
 import re
 import sys
 from collections.abc import Iterator, Sequence
@@ -16,10 +17,11 @@ from pathlib import Path
 
 from conas.cli import Parser as Parser
 from conas.cli import run
-from conas.darts.genotype import Edge, Genotype, load
-from conas.darts.published import GENOTYPES, find_genotype
+from conas.darts.genotype import Edge, Genotype
+from conas.darts.published import GENOTYPES
 from conas.draw.layout import RADIUS, Layout, Point, layout
 from conas.errors import InputError
+from conas.exchange.cells import find_cell
 from conas.files import atomic_path
 
 INK, GREY, FILL, END_FILL = "#1f2933", "#9aa5b1", "#f5f7fa", "#e4e9ef"
@@ -247,11 +249,22 @@ def block(picture: Picture, x: float, y: float, width: float, kind: str, count: 
             picture.circle(*scaled(point), 0.032, fill=INK)
 
 
+def _name(argument: str) -> str:
+    """What a cell is called that was given without a name."""
+    if re.search(r"[(\[{]", argument):
+        return "cell"
+    file, colon, part = argument.rpartition(":")
+    if colon and os.path.isfile(file):
+        return part
+    return Path(argument).stem if argument.endswith(".json") or os.path.exists(argument) else argument.replace("/", "-")
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line above. Raises InputError for unreadable genotypes and for pictures that cannot be written."""
     parser = Parser(prog="python -m conas.draw", description=__doc__.splitlines()[0])
     parser.add_argument("genotypes", nargs="+", metavar="[NAME=]FILE",
-                        help="genotypes as JSON, published names, or SPACE/NAME as cnn_space1/CONAS")
+                        help="published names, SPACE/NAME as cnn_space1/CONAS, files or texts of cells, in a form of "
+                             "docs/extending.md")
     parser.add_argument("--committee", action="store_true", help="draw the genotypes as one committee")
     parser.add_argument("--layers", type=int, default=20, help="cells of a committee's member (default: 20)")
     parser.add_argument("--out", required=True, help="folder for cells (several genotypes: in it, one folder for each, "
@@ -260,12 +273,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     members = {}
     for argument in values.genotypes:
         name, equals, file = argument.partition("=")
-        if not equals or Path(argument).exists():
-            is_file = argument.endswith(".json") or Path(argument).exists()
-            name, file = Path(argument).stem if is_file else argument.replace("/", "-"), argument
+        if not equals or os.path.exists(argument) or re.search(r"[(\[{]", name):  # the text of a cell may hold "="
+            name, file = _name(argument), argument
         if name in members:
             raise InputError(f"{argument}: a second genotype called {name}; write NAME=FILE with distinct names")
-        members[name] = load(file, None) if Path(file).exists() else find_genotype(file, GENOTYPES, "", None)
+        members[name], read_from = find_cell(file, {} if os.path.isfile(file) else GENOTYPES, "", None)
+        print(f"{name}: {read_from}", file=sys.stderr)
     try:
         if values.committee:
             print(draw_committee(list(members.items()), values.out, values.layers))

@@ -41,7 +41,7 @@ COMPUTED = {
     "dil_conv_5x5": [(DilConv,)],
     "conv_7x1_1x7": [(nn.ReLU, nn.Conv2d, nn.Conv2d, nn.BatchNorm2d)],
 }
-INSIDE = {nn.Sequential, nn.ReLU, nn.Conv2d, nn.BatchNorm2d, BatchNorm2d}
+INSIDE = {nn.Sequential, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.BatchNorm2d, BatchNorm2d}
 
 
 def is_computed(primitive: str, operation: nn.Module) -> bool:
@@ -50,8 +50,10 @@ def is_computed(primitive: str, operation: nn.Module) -> bool:
     classes = tuple(nn.BatchNorm2d if type(part) is BatchNorm2d else type(part) for part in parts)
     if classes not in COMPUTED.get(primitive, []) or any("forward" in vars(part) for part in operation.modules()):
         return False  # of another class, or with a forward that was replaced in this instance
-    if "pool" in primitive and (parts[0].kernel_size, parts[0].padding) != (3, 1):
-        return False
+    if "pool" in primitive:
+        pool = parts[0].pool if type(parts[0]) is AveragePool else parts[0]
+        if (pool.kernel_size, pool.padding) != (3, 1):
+            return False
     if primitive == "conv_7x1_1x7" and [(part.kernel_size, part.padding) for part in parts[1:3]] != [
             ((1, 7), (0, 3)), ((7, 1), (3, 0))]:
         return False

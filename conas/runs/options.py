@@ -163,6 +163,7 @@ RECIPES = {
     "imagenet": {"init_channels": 48, "layers": 14, "epochs": 250, "batch_size": 128, "learning_rate": 0.1,
                  "gamma": 0.97, "weight_decay": 3e-5, "label_smooth": 0.1, "drop_path_prob": 0.0},
 }
+CELL_FILES = ".json", ".py", ".txt", ".log"  # suffixes by which a value of --arch is known to be a file
 PHOTOGRAPHS = ("folder", "imagenet", "imagenette")  # data sets that have the recipe imagenet from 128 pixels on
 
 
@@ -177,8 +178,9 @@ class NetworkOptions:
     """network"""
 
     arch: str | None = option(None, "the cells: a published name, a name in genotypes.py such as CONAS, the cell "
-                              "that the authors found in this space, or a file NAME.json (default: what this space's "
-                              "last search found)", path=".json")
+                              "that the authors found in this space, a file, as FILE or FILE:NAME, or their text, in a "
+                              "form of docs/extending.md (default: what this space's last search found)",
+                              path=CELL_FILES)
     search: str = option("EXP", "name of the search whose cells are trained")
     any_ops: bool = option(False, "let --arch use operations that this space does not search over")
     recipe: str | None = option(None, "network and defaults of the paper's experiments with small images, or with "

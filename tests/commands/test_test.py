@@ -142,11 +142,12 @@ def test_figures():
 
 
 def test_published_figures_stand_beside():
-    figures = {"top1_error": 2.66, "top5_error": 0.1, "loss": 0.1, "parameters": 3_349_342, "multiply_adds": 5e8,
-               "images_per_second": 1000.0}
+    figures = {"top1_error": 2.66, "top5_error": 0.1, "loss": 0.1, "parameters": 3_349_342, "multiply_adds": 5.299e8,
+               "multiply_adds_thop": 5.465e8, "images_per_second": 1000.0}
     lines = measure.as_text(figures, {"top1_error": 2.63, "parameters": 3.3e6}).splitlines()
     assert " ".join(lines[0].split()) == "top-1 97.34 % error 2.66 % published: top-1 97.37 % error 2.63 %"
     assert " ".join(lines[3].split()) == "parameters 3.35 M published: parameters 3.30 M"
+    assert lines[4] == "multiply-adds 529.9 M for an image; 546.5 M as thop counts"
     assert not any("published" in line for line in (lines[1], lines[2], *lines[4:]))
 
 

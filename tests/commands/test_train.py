@@ -20,9 +20,10 @@ from conas.commands import scoring as evaluate
 from conas.commands import train
 from conas.commands.test_all import ScoredRun, existing_stages, score_checkpoints
 from conas.darts import genotype as genotypes
-from conas.darts.published import GENOTYPES, find_genotype, named_genotypes
+from conas.darts.published import GENOTYPES, named_genotypes
 from conas.darts.space import Space
 from conas.errors import InputError
+from conas.exchange.cells import find_genotype
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import best_checkpoint, list_checkpoints
 from conas.runs.options import DataOptions, NetworkOptions, RecipeOptions, TestOptions

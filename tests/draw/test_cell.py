@@ -206,7 +206,7 @@ def test_command_line(tmp_path, capsys):
     for name in ("a", "b"):
         save(tmp_path / f"{name}.json", random_genotype(ord(name)))
     done = command(tmp_path / "a.json", "--out", tmp_path / "cells")
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (0, "a: a.json: the four fields of DARTS\n")
     written = [Path(line) for line in done.stdout.splitlines()]
     here = draw_genotype(random_genotype(ord("a")), tmp_path / "here")  # another process, the same bytes
     assert [path.name for path in written] == [path.name for path in here]

@@ -16,7 +16,7 @@ from conas.errors import InputError
 from conas.files import write_json
 from conas.runs.folder import read_arguments
 from conas.runs.options import TestOptions
-from ensemble import study
+from ensemble import study, study_runs
 from ensemble.combine.committee import Committee
 from ensemble.combine.network import load_committee
 from ensemble.report import html, report
@@ -43,7 +43,7 @@ def only_starts_our_scripts(plan) -> bool:
     ("args.json", {"version": "0", "arguments": {"seed": 2, "epochs": 3}}, lambda path: read_arguments(path.parent),
      lambda arguments: isinstance(arguments, dict)),
     ("study.json", PLAN, study.read_plan, only_starts_our_scripts),
-    ("seconds.json", {"seconds": 1.5}, lambda path: study.read_seconds(path.parent), lambda seconds: seconds >= 0),
+    ("seconds.json", {"seconds": 1.5}, lambda path: study_runs.read_seconds(path.parent), lambda seconds: seconds >= 0),
 ])
 def test_any_json_is_right_or_refused_by_name(tmp_path, name, good, read, right):
     path = tmp_path / name

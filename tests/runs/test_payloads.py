@@ -16,15 +16,15 @@ from conas.commands import test as measure
 from conas.commands.scoring import scores_for
 from conas.darts import genotype as genotypes
 from conas.darts.operations import OPERATIONS
-from conas.darts.published import find_genotype
 from conas.darts.space import Space
 from conas.data.images import load
+from conas.exchange.cells import find_genotype
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run, read_arguments
 from conas.runs.options import TestOptions
 from conas.runs.resume import Keeper
 from conas.runs.scores import load_scores
-from ensemble import study
+from ensemble import study, study_runs
 from ensemble.combine.network import load_committee
 from ensemble.measure.shift import PublishedCorruptions
 from ensemble.predict import read_image
@@ -63,7 +63,7 @@ OPENED = {
     "arch.json": lambda root, path: lambda: find_genotype(str(path), {}),
     "search-EXP/genotype.json": lambda root, path: lambda: genotypes.load(path, OPERATIONS),
     "search-EXP/args.json": lambda root, path: lambda: read_arguments(path.parent),
-    "search-EXP/seconds.json": lambda root, path: lambda: study.read_seconds(path.parent),
+    "search-EXP/seconds.json": lambda root, path: lambda: study_runs.read_seconds(path.parent),
     "study.json": lambda root, path: lambda: study.read_plan(path),
     "committee-EXP/committee.json": lambda root, path: lambda: load_committee(root, "EXP"),
     "committee-HTML/committee.json": lambda root, path: lambda: html.stored_committee(root, "HTML"),
