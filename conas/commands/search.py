@@ -182,6 +182,8 @@ class SearchRun(Loop):
         self.log(f"{self.name}: {', '.join(self.space.primitives)}")
         self.log(f"second order: the alphas follow the hypergradient through the virtual step{exact}" if flags.unrolled
                  else "first order: the alphas follow the validation gradient at the present weights (--no-unrolled)")
+        if flags.stem != "cifar":
+            self.log(f"stem {flags.stem}: the cells see an eighth of an image's side, not all of it (--stem cifar)")
         self.log(f"{full_name(flags.dataset)}: {len(self.halves[0])} images for weights, {len(self.halves[1])} for "
                  f"alphas, {self.images.info.num_classes} classes; epochs {self.start} to {flags.epochs - 1} on "
                  f"{self.device}{' in bfloat16, alphas in float32' if self.amp else ''}{goes_on}")

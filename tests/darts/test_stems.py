@@ -9,14 +9,17 @@ from torch.nn.functional import cross_entropy
 from cnn_space2.architect import Architect
 from cnn_space2.model_search import Network
 from conas.commands import search
+from conas.commands.scoring import scores_for
+from conas.darts.space import Space
 from conas.darts.stems import STEMS, stems
 from conas.darts.supernet import constant_alphas
+from conas.data.images import load
 from conas.engine.door import accelerate, why_not
 from conas.engine.inference import prepared
 from conas.engine.packed import PackedPass
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
-from conas.runs.options import DataOptions, SupernetOptions
+from conas.runs.options import DataOptions, SupernetOptions, TestOptions
 
 
 def run(root, *flags):
@@ -127,6 +130,21 @@ def test_a_search_records_its_stem_and_goes_on_with_it(tmp_path, monkeypatch):
         run(tmp_path, "--image_size", 32, "--stem", "cifar")
     with pytest.raises(InputError, match="'stem' is missing or out of range"):
         checkpoints.check(path, checkpoint | {"network": checkpoint["network"] | {"stem": "other"}})
+
+
+def test_large_images_are_searched_and_tested_behind_the_large_stem(tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "draw_genotype", lambda *_: [])
+    folder = run(tmp_path, "--image_size", 96, "--test_subset", 20)
+    assert "stem imagenet: the cells see an eighth of an image's side" in (folder / "log.txt").read_text()
+    scores = scores_for(Space("cnn_space2", tmp_path / "cnn_space2", Network), folder / "checkpoints" / "epoch_000.pt",
+                        TestOptions(device="cpu"))
+    state = checkpoints.load(folder / "checkpoints" / "epoch_000.pt")
+    network = Network(2, 10, 3, 1, "imagenet")
+    network.load_state_dict(state["state"])
+    images = load("digits", state["dataset"]["root"], "test", 96, 20)
+    with torch.no_grad():
+        x, _ = next(images.batches(20, "cpu"))
+        torch.testing.assert_close(scores.logits, network.eval()(x), rtol=1e-4, atol=1e-4)
 
 
 def test_checkpoints_and_runs_from_before_the_flag_have_the_stem_of_cifar(tmp_path, monkeypatch):
