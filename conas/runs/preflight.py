@@ -15,6 +15,7 @@ from conas.runs.options import DataOptions
 
 PARTS = "checkpoints", "genotypes", "cells", "probabilities"  # folders that a run and its tests write into
 # What runs that form a committee must have in common: for the same test images, and for the same held-out images.
+UNEVEN = "folder", "imagenet", "imagenette"  # data sets whose images need not be square
 TESTED = "dataset", "image_size", "test_subset"
 HELD_OUT = "subset", "train_portion", "valid_portion", "split_seed"
 
@@ -77,7 +78,8 @@ def committee_notes(folder: Path, arguments: Mapping) -> Iterator[str]:
         if other.parent == folder.parent or not (other / "args.json").exists():
             continue
         theirs = read_arguments(other)
-        for names, result in ((TESTED, "could form no committee with this run"),
+        tested = (*TESTED, "resize") if arguments.get("dataset") in UNEVEN else TESTED
+        for names, result in ((tested, "could form no committee with this run"),
                               (HELD_OUT, "has other held-out images, so that a committee of both can be neither fitted "
                                          "nor calibrated")):
             differ = [f"--{name} {theirs.get(name)} (here {arguments.get(name)})" for name in names

@@ -175,6 +175,11 @@ def test_runs_that_could_form_no_committee_are_noted(tmp_path):
     assert len(notes) == 2
     assert "cnn_space3/search-EXP, with --dataset svhn (here digits), could form no committee" in notes[0]
     assert "cnn_space4/search-EXP, with --split_seed 1 (here 0), has other held-out images" in notes[1]
+    here = {"dataset": "folder", "resize": "pad"}
+    (tmp_path / "cnn_space3" / "search-EXP" / "args.json").write_text(json.dumps(
+        {"arguments": here | {"resize": "crop"}}))
+    notes = list(committee_notes(tmp_path / "cnn_space1" / "search-EXP", here))
+    assert "with --resize crop (here pad), could form no committee" in "".join(notes)
 
 
 def test_files_that_cannot_be_written_are_named_before_the_work(tmp_path, monkeypatch):
