@@ -4,7 +4,7 @@ It is the committee of `committee-NAME/committee.json`, as test_ensemble.py chos
 Shape suffixes: M members, B images, C classes.
 """
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -28,14 +28,15 @@ class CommitteeNetwork(nn.Module):
     `dataset` is what the members' checkpoints say of their images, `names` are the M names, `checkpoints` their paths
     if the committee was read from some; `crops` are the sides of
     the central squares that members look at, None for all of the image. The other arguments are those of Committee,
-    but `combination` may also be the name of a fitted rule.
+    but `combination` may also be the name of a fitted rule. `prepare` is what is done to each network first; by default
+    the engine takes those that it knows.
     """
 
     def __init__(self, networks: Sequence[nn.Module], names: Sequence[str], dataset: dict, combination: str, *,
                  weights: Sequence[float], temperatures: Sequence[float], temperature: float,
-                 crops: Sequence[int | None]):
+                 crops: Sequence[int | None], prepare: Callable[[nn.Module], nn.Module] = prepared):
         super().__init__()
-        self.networks, self.names, self.dataset = nn.ModuleList(map(prepared, networks)), list(names), dataset
+        self.networks, self.names, self.dataset = nn.ModuleList(map(prepare, networks)), list(names), dataset
         self.combination, self.temperature, self.crops = combination, temperature, list(crops)
         self.checkpoints: list[Path] = []
         self.weights = torch.tensor(weights, dtype=torch.float64)  # no buffers: not all devices have float64
@@ -77,7 +78,7 @@ class CommitteeNetwork(nn.Module):
         return apply_temperature(combined, self.temperature).masked_fill(~answered_B[:, None], math.nan)
 
 
-def load_committee(root: Path, save: str) -> CommitteeNetwork:
+def load_committee(root: Path, save: str, prepare: Callable[[nn.Module], nn.Module] = prepared) -> CommitteeNetwork:
     """The committee that `test_ensemble.py --save SAVE` wrote last, on the CPU, ready to answer.
 
     Raises InputError if there is none, or if a checkpoint of it is gone, changed, or does not fit the others.
@@ -107,6 +108,6 @@ def load_committee(root: Path, save: str) -> CommitteeNetwork:
                                  "with members of one data set")
     network = CommitteeNetwork(networks, [name for name, *_ in files], datasets[0], combination, weights=weights,
                                temperatures=temperatures, temperature=temperature,
-                               crops=[dataset.get("crop") for dataset in datasets])
+                               crops=[dataset.get("crop") for dataset in datasets], prepare=prepare)
     network.checkpoints = [file for _, _, file, _ in files]
     return network

@@ -1,10 +1,17 @@
 """Exported committees: equal to the tested one on real images, and usable where there is no CoNAS."""
+import getpass
+import io
 import json
+import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
+import tempfile
+import zipfile
 from importlib import util
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +23,9 @@ from conas.data.images import load
 from conas.errors import InputError
 from ensemble import export
 from ensemble.combine.network import load_committee
+from ensemble.deploy import files
+from ensemble.deploy.committee import PlainCommittee
+from ensemble.deploy.runtimes import RUNTIMES, Runtime, try_runtime
 from tests.conftest import ROOT
 from tests.ensemble.test_predict import stored
 from tests.helpers.untrained import committee_clone, write_runs  # noqa: F401
@@ -65,10 +75,100 @@ def exported(pair, tmp_path_factory):
     """The folder of committee.pt2 and, if there are the packages for it, committee.onnx."""
     folder = tmp_path_factory.mktemp("exported")
     flags = ["--onnx", folder / "committee.onnx"] if ONNX else []
-    done = pair.run("-m", "ensemble.export", folder / "committee.pt2", *flags)
+    done = pair.run("-m", "ensemble.export", folder / "committee.pt2", *flags, "--check")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("equal to the committee's within") == len(list(folder.iterdir())) == 1 + ONNX
+    rows = [line.split(" | ") for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0].strip("| ") for row in rows[2:]] == [runtime.name for runtime in RUNTIMES]
+    for runtime, row in zip(RUNTIMES, rows[2:]):
+        right = "right, within" in row[3] or runtime.name == "tinygrad"
+        assert right or (row[1] == "" and f"not installed; pip install {runtime.package}" in row[3]), row
     return folder
+
+
+@pytest.fixture(scope="module")
+def program(pair):
+    """The committee of `pair` as a graph, made here."""
+    network = load_committee(pair.root, "EXP", prepare=lambda network: network)
+    return files.export_program(PlainCommittee(network), (1, 8, 8)), export.about(network)
+
+
+def contents(path: Path) -> bytes:
+    """All bytes of a file, and of the files in it if it is an archive, and in those."""
+    data = path.read_bytes()
+    todo, found = [data], []
+    while todo:
+        found.append(todo.pop())
+        if zipfile.is_zipfile(io.BytesIO(found[-1])):
+            archive = zipfile.ZipFile(io.BytesIO(found[-1]))
+            found.append("\n".join(archive.namelist()).encode())
+            todo += [archive.read(name) for name in archive.namelist()]
+    return b"\n".join(found)
+
+
+def test_a_file_says_nothing_of_where_it_was_written(exported, program, tmp_path):
+    files.write_pt2(tmp_path / "here.pt2", *program)
+    paths = [*exported.iterdir(), tmp_path / "here.pt2"]
+    if ONNX:
+        files.write_onnx(tmp_path / "here.onnx", *program)
+        paths.append(tmp_path / "here.onnx")
+        assert (tmp_path / "here.onnx").read_bytes() == (exported / "committee.onnx").read_bytes()  # another process
+    for path in paths:
+        text = contents(path)
+        for word in (str(ROOT), str(tmp_path.parent), sys.prefix, tempfile.gettempdir(), str(Path.home()) + "/", ".py",
+                     "site-packages", "tmp", getpass.getuser(), socket.gethostname()):
+            assert word.encode() not in text, (path.name, word)
+        assert not re.search(rb"(?<![0-9.])%d(?![0-9])" % os.getpid(), text)
+        assert b"committee.json" in text and b"conas-committee-export" in text
+
+
+@pytest.mark.skipif(not ONNX, reason="needs onnx, onnxruntime and onnxscript")
+def test_an_onnx_file_is_of_few_plain_operations(exported):
+    import onnx
+    graph = onnx.load(exported / "committee.onnx").graph
+    kinds = [node.op_type for node in graph.node]
+    assert set(kinds) <= {"Add", "AveragePool", "Cast", "Concat", "Conv", "Div", "Gemm", "MaxPool", "Mul", "ReduceMean",
+                          "ReduceSum", "Relu", "Softmax", "Sub"}
+    assert kinds.count("Cast") == 1 and len(kinds) < 400  # uint8 to float32
+    types = {tensor.data_type for tensor in graph.initializer}
+    assert types <= {onnx.TensorProto.FLOAT, onnx.TensorProto.INT64}
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES, ids=lambda runtime: runtime.name)
+def test_the_runtimes_that_are_installed_are_right(runtime, exported, probabilities, images):
+    if util.find_spec(runtime.package) is None or (runtime.suffix == ".onnx" and not ONNX):
+        pytest.skip(f"needs {runtime.package}")
+    if runtime.name == "tinygrad":
+        pytest.skip("needs clang, and a minute")
+    run = runtime.load(exported / f"committee{runtime.suffix}")
+    for batch in (1, 7, 64):
+        np.testing.assert_allclose(run(torch.from_numpy(images[:batch])), probabilities[:batch], atol=1e-5)
+
+
+def test_a_runtime_that_is_wrong_or_fails_is_told(exported, images, probabilities):
+    given, expected = torch.from_numpy(images), torch.from_numpy(probabilities)
+
+    def row(load):
+        return try_runtime(Runtime("x", "torch", ".pt2", load), exported / "committee.pt2", given, expected, [1, 7])
+
+    assert row(lambda path: lambda batch: expected[:len(batch)])[1].startswith("WRONG, within")
+    assert row(lambda path: lambda batch: torch.full((len(batch), 10), torch.nan))[1] == "WRONG, within inf"
+    assert row(lambda path: path.nothing)[1].startswith("fails: AttributeError: ")
+    assert try_runtime(Runtime("x", "no-such-package", ".pt2", None), ROOT, given, expected, [1]) == (
+        "", "not installed; pip install no-such-package")
+
+
+def test_fixed_and_bounded_batches_and_float_input(pair, program, images, probabilities, tmp_path):
+    network = PlainCommittee(load_committee(pair.root, "EXP", prepare=lambda network: network))
+    fixed = files.export_program(network, (1, 8, 8), batch=3, dtype=torch.float32)
+    run = fixed.module()
+    np.testing.assert_allclose(run(torch.from_numpy(images[:3]).float()), probabilities[:3], atol=1e-5)
+    with pytest.raises((RuntimeError, AssertionError)):
+        run(torch.from_numpy(images[:4]).float())
+    bounded = files.export_program(network, (1, 8, 8), max_batch=8)
+    np.testing.assert_allclose(bounded.module()(torch.from_numpy(images[:8])), probabilities[:8], atol=1e-5)
+    with pytest.raises((RuntimeError, AssertionError)):
+        bounded.module()(torch.from_numpy(images[:9]))
 
 
 def test_the_example_of_the_docs_and_any_batch_without_the_repository(exported, probabilities, images, tmp_path):
@@ -92,28 +192,27 @@ def test_the_example_of_the_docs_and_any_batch_without_the_repository(exported, 
 def test_onnx(exported, probabilities, images):
     import onnxruntime
     session = onnxruntime.InferenceSession(exported / "committee.onnx")
-    about = json.loads(session.get_modelmeta().custom_metadata_map[export.ABOUT])
+    about = json.loads(session.get_modelmeta().custom_metadata_map[files.ABOUT])
     assert about["classes"] == list("0123456789") and about["mode"] == "L" and about["image_size"] == 8
     for batch in BATCHES:
         got = session.run(None, {"images": images[:batch]})[0]
         np.testing.assert_allclose(got, probabilities[:batch], atol=1e-5)
 
 
-@torch.no_grad()
-def test_a_file_that_is_not_equal_is_not_written(pair, tmp_path):
-    network = load_committee(pair.root, "EXP")
-    images, expected = export.test_images(network, None)
-    check = export.checker(network, images, expected, "x.pt2")
-    assert check(lambda batch: network(batch)) < export.TOLERANCE
+def test_a_file_that_is_not_equal_is_not_written(program, images, probabilities, tmp_path, monkeypatch):
+    given, expected = torch.from_numpy(images[:64]), torch.from_numpy(probabilities[:64])
+    assert export.write(str(tmp_path / "x.pt2"), *program, given, expected, [1, 7]) < 1e-5
+    before = (tmp_path / "x.pt2").read_bytes()
     with pytest.raises(InputError, match=r"x\.pt2: not written.*differ"):
-        check(lambda batch: network(batch) + 1e-3 * (len(batch) == 1))  # wrong for one size of batch only
-    with pytest.raises(InputError, match="not written"):
-        check(lambda batch: torch.full((len(batch), 10), torch.nan))
+        export.write(str(tmp_path / "x.pt2"), *program, given, expected + 1e-3, [1, 7])
+    assert (tmp_path / "x.pt2").read_bytes() == before and len(list(tmp_path.iterdir())) == 1
 
 
 @pytest.mark.parametrize("arguments, word", [
     (["committee.zip"], "must end in .pt2"), (["a.pt2", "--onnx", "b.pt2"], "must end in .onnx"),
-    (["a.pt2", "--save", "none"], "test_ensemble.py --save none")])
-def test_wrong_arguments(pair, arguments, word):
-    done = pair.run("-m", "ensemble.export", *arguments)
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and word in done.stderr
+    (["a.pt2", "--save", "none"], "test_ensemble.py --save none"), ([], "name the file to write, or give --check"),
+    (["a.pt2", "--batch", "0"], "--batch 0: must be at least 1"),
+    (["a.pt2", "--batch", "4", "--max_batch", "8"], "leave out it or --batch")])
+def test_wrong_arguments(arguments, word):
+    with pytest.raises(InputError, match=word):
+        export.main(arguments)
