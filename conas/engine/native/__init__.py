@@ -1,0 +1,1 @@
+"""Operations of the definition as compiled kernels, for CPUs."""
