@@ -9,6 +9,7 @@ from conas.darts import genotype as genotypes
 from conas.darts.derived import DerivedNetwork, NetworkCIFAR, NetworkImageNet
 from conas.darts.genotype import Genotype
 from conas.darts.operations import OPERATIONS
+from conas.darts.primitives import KINDS, NODES, Primitives, edge_number
 from conas.darts.published import named_genotypes  # noqa: F401  also for those who import it here
 from conas.darts.space import Space
 from conas.data.images import DATASETS, DataInfo
@@ -31,12 +32,18 @@ def found_genotype(space: Space, search: str) -> tuple[Genotype, Path]:
     return genotypes.load(path, space.operations), path
 
 
-def check_operations(genotype: Genotype, where: str, primitives: Collection[str]) -> None:
-    """Raise InputError if the genotype uses operations that are not among a space's primitives."""
+def check_operations(genotype: Genotype, where: str, primitives: Sequence[str]) -> None:
+    """Raise InputError if the genotype uses operations that a space does not search over, or not on that edge."""
+    primitives = Primitives(primitives)
     used = {operation for operation, _ in [*genotype.normal, *genotype.reduce]}
-    if foreign := sorted(used - set(primitives)):
-        raise InputError(f"{where}: uses {', '.join(foreign)}, which this space does not search over; give --any_ops "
-                         "to train it here all the same")
+    foreign, on = sorted(used - set(primitives)), ""
+    if not foreign and len(genotype.normal) == len(genotype.reduce) == 2 * NODES:  # else its edges are others
+        foreign = sorted({operation for kind in KINDS for i, (operation, source) in enumerate(getattr(genotype, kind))
+                          if operation not in primitives.by_edge[kind][edge_number(i // 2, source)]})
+        on = " on those edges"
+    if foreign:
+        raise InputError(f"{where}: uses {', '.join(foreign)}, which this space does not search over{on}; give "
+                         "--any_ops to train it here all the same")
 
 
 @dataclass

@@ -15,14 +15,15 @@ from conas.engine.door import accelerate
 class Search:
     """A supernet over `primitives` with the optimizers of DARTS (arXiv:1806.09055), by the engine if it can.
 
-    `operations` are those of one's own by name, as OPERATIONS of a space's genotypes.py; further arguments are those
-    of `Supernet`: C, num_classes, layers, in_channels. Raises InputError for primitives of which no cell can be made.
+    `primitives` and `operations` are as PRIMITIVES and OPERATIONS of a space's genotypes.py; further arguments are
+    those of `Supernet`: C, num_classes, layers, in_channels. Raises InputError for primitives of which no cell can be
+    made.
     """
 
-    def __init__(self, primitives: Sequence[str], *, operations: Mapping[str, Callable] | None = None,
+    def __init__(self, primitives: Sequence | Mapping, *, operations: Mapping[str, Callable] | None = None,
                  device: torch.device | str = "cpu", unrolled: bool = True, learning_rate: float = 0.025,
                  **network: int):
-        space = type("Network", (Supernet,), {"primitives": tuple(primitives), "operations": dict(operations or {})})
+        space = type("Network", (Supernet,), {"primitives": primitives, "operations": dict(operations or {})})
         self.network = space(**network).to(device, memory_format=torch.channels_last)
         self.engine = accelerate(self.network)
         self.optimizer = torch.optim.SGD(self.network.weights().values(), lr=learning_rate, momentum=0.9,

@@ -179,7 +179,7 @@ class SearchRun(Loop):
     def introduce(self, goes_on: str) -> None:
         flags = self.flags
         exact = " (exact Hessian-vector product)" if flags.hvp == "exact" else ""
-        self.log(f"{self.name}: {', '.join(self.space.primitives)}")
+        self.log(f"{self.name}: {self.space.primitives}")
         self.log(f"second order: the alphas follow the hypergradient through the virtual step{exact}" if flags.unrolled
                  else "first order: the alphas follow the validation gradient at the present weights (--no-unrolled)")
         if flags.stem != "cifar":

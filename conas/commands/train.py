@@ -19,6 +19,7 @@ from conas.darts.batchnorm import use_exact_sums
 from conas.darts.derived import DerivedNetwork, count_parameters
 from conas.darts.genotype import Genotype
 from conas.darts.operations import OPERATIONS
+from conas.darts.primitives import Primitives
 from conas.darts.published import named_genotypes
 from conas.darts.space import Space
 from conas.data import imagenet_augment as photographs
@@ -68,7 +69,7 @@ class TrainRun(Loop):
         data, shape, recipe, held_out, options, keep, processes = parse(description, GROUPS, argv)
         if shape.arch is None and not shape.init_from:
             shape = replace(shape, arch=default)
-        self.primitives = tuple(getattr(module, "PRIMITIVES", OPERATIONS))
+        self.primitives = Primitives(getattr(module, "PRIMITIVES", tuple(OPERATIONS)))
         self.space = Space(folder.name, folder, own_operations=getattr(module, "OPERATIONS", {}))
         self.device = find_device(options.device, keep.deterministic)
         self.amp = find_precision(options.amp, self.device)

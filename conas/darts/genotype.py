@@ -11,15 +11,13 @@ from pathlib import Path
 from types import ModuleType, NoneType
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
+from conas.darts.primitives import EDGES, NODES, Primitives  # noqa: F401  others have EDGES from here
 from conas.errors import InputError
 from conas.files import read_json, write_json
 
-NODES = 4
 MOST_NODES = 64  # of a cell that somebody else has written
-EDGES = sum(2 + node for node in range(NODES))  # 14: every node hears all earlier states
 
 NAME = r"[\w.+-]{1,64}"  # of an operation
 
@@ -60,30 +58,35 @@ class Genotype(_Cells):
         return Misfit.or_tuple(cls, values, fields)
 
 
-def strongest(alphas: Tensor, primitives: Sequence[str]) -> tuple[Tensor, Tensor]:
+def strongest(alphas: Tensor, primitives: Sequence[str], kind: str = "normal") -> tuple[Tensor, Tensor]:
     """Of every edge its best operation other than `none`, in softmax probability: that, and its index, (E,) each.
 
-    Of equal ones the first (DARTS, section 2.4). Alphas are (E, len(primitives)). Raises InputError for alphas that are
-    not finite, which say nothing.
+    Of equal ones the first (DARTS, section 2.4). Alphas are (E, P); `primitives` are P names, or the Primitives of
+    a space, of which the edges in a `kind` of cell have theirs. Raises InputError for alphas that are not finite, which
+    say nothing.
     """
     if not alphas.isfinite().all():
         raise InputError("no cell follows from these alphas, since some are NaN or infinite; search again with a lower "
                          "--learning_rate or --arch_learning_rate under another --save name")
-    strength = torch.softmax(alphas.detach().double().cpu(), dim=-1)
+    primitives = Primitives(primitives)
+    strength = primitives.shares(kind, alphas.detach().double().cpu())
+    if primitives.restricted:
+        strength[~primitives.allowed(kind)] = -1
     if "none" in primitives:
-        strength[:, list(primitives).index("none")] = -1
+        strength[:, primitives.index("none")] = -1
     best, operation = strength.max(dim=-1)
     return best, operation
 
 
-def derive_cell(alphas: Tensor, primitives: Sequence[str], edges: Tensor | None = None) -> list[Edge]:
-    """The two strongest incoming edges of every node, from alphas of shape (EDGES, len(primitives)).
+def derive_cell(alphas: Tensor, primitives: Sequence[str], edges: Tensor | None = None, kind: str = "normal"
+                ) -> list[Edge]:
+    """The two strongest incoming edges of every node, from alphas (EDGES, P), see `strongest`.
 
     An edge is as strong as `strongest` says, times its own weight in `edges` (EDGES,), if these are given. Ties go to
     the earlier edge and the earlier operation. Both edges of a node have distinct sources, since there is one edge for
     each source.
     """
-    best, operation = strongest(alphas, primitives)
+    best, operation = strongest(alphas, primitives, kind)
     if edges is not None:
         best = best * edges.detach().double().cpu()
     cell, start = [], 0
@@ -97,10 +100,10 @@ def derive_cell(alphas: Tensor, primitives: Sequence[str], edges: Tensor | None 
 
 def derive(alphas_normal: Tensor, alphas_reduce: Tensor, primitives: Sequence[str],
            edges: tuple[Tensor | None, Tensor | None] = (None, None)) -> Genotype:
-    """The genotype of a pair of alphas, each of shape (EDGES, len(primitives)); `edges` are as of `derive_cell`."""
+    """The genotype of a pair of alphas, each (EDGES, P); the rest is as of `derive_cell`."""
     concat = range(2, 2 + NODES)
-    return Genotype(derive_cell(alphas_normal, primitives, edges[0]), concat,
-                    derive_cell(alphas_reduce, primitives, edges[1]), concat)
+    return Genotype(derive_cell(alphas_normal, primitives, edges[0], "normal"), concat,
+                    derive_cell(alphas_reduce, primitives, edges[1], "reduce"), concat)
 
 
 def check(genotype: Genotype, where: str, operations: Collection[str] | None) -> Genotype:

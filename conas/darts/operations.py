@@ -4,7 +4,7 @@ Every operation maps (N, C, H, W) to (N, C, ceil(H/stride), ceil(W/stride)). Sub
 published DARTS code, so that its `state_dict` files load. `affine` is False throughout a supernet.
 """
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from difflib import get_close_matches
 from functools import lru_cache
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, pad
 
 from conas.darts.genotype import NAME
+from conas.darts.primitives import Primitives
 from conas.errors import InputError
 
 RIGHT_GRADIENT = ("cpu",)  # devices on which torch's gradient of average pooling is right
@@ -187,22 +188,26 @@ def check_own(own: Mapping[str, Callable], C: int, affine: bool) -> None:
                                  "inplace=False")
 
 
-def choose_operations(primitives: Sequence[str], own: object, C: int) -> dict[str, Callable]:
-    """The operations that a supernet of C channels is built of, by name. Raises InputError for what cannot be used."""
-    operations = with_own(own)
+def choose_operations(given: object, own: object, C: int) -> tuple[Primitives, dict[str, Callable]]:
+    """The primitives of a supernet of C channels, from PRIMITIVES, and all operations by name.
+
+    Raises InputError for what cannot be used.
+    """
+    primitives, operations = Primitives(given), with_own(own)
     check_primitives(primitives, operations)
     check_own({name: make for name, make in own.items() if name in primitives}, C, affine=False)
-    return operations
+    return primitives, operations
 
 
-def check_primitives(primitives: Sequence[str], operations: Collection[str]) -> None:
-    """Raise InputError unless a space can search over these: known, distinct, and one of them other than `none`."""
+def check_primitives(primitives: Primitives, operations: Collection[str]) -> None:
+    """Raise InputError unless a space can search over these: known, and on every edge distinct and not `none` alone."""
     for name in primitives:
         if name not in operations:
             near = get_close_matches(str(name), operations, 3, 0.4) or sorted(operations)
             raise InputError(f"PRIMITIVES: {name!r} is no operation; did you mean {' or '.join(near)}? An operation of "
                              "your own goes into OPERATIONS of genotypes.py")
-    if twice := sorted({name for name in primitives if list(primitives).count(name) > 1}):
-        raise InputError(f"PRIMITIVES: {', '.join(twice)} is there twice; take one away, since each has an alpha")
-    if not set(primitives) - {"none"}:
-        raise InputError(f"PRIMITIVES: {', '.join(primitives) or 'empty'}; a cell needs an operation other than none")
+    for where, names in primitives.places():
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"{where}: {', '.join(twice)} is there twice; take one away, since each has an alpha")
+        if not set(names) - {"none"}:
+            raise InputError(f"{where}: {', '.join(names) or 'empty'}; an edge needs an operation other than none")

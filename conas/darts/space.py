@@ -5,6 +5,7 @@ from importlib import import_module
 from pathlib import Path
 
 from conas.darts.operations import with_own
+from conas.darts.primitives import Primitives
 from conas.darts.supernet import Supernet
 from conas.errors import InputError
 
@@ -22,8 +23,8 @@ class Space:
     own_operations: Mapping[str, Callable] = field(default_factory=dict, compare=False)
 
     @property
-    def primitives(self) -> tuple[str, ...]:
-        return tuple(self.network.primitives)
+    def primitives(self) -> Primitives:
+        return Primitives(self.network.primitives)
 
     @property
     def operations(self) -> dict[str, Callable]:

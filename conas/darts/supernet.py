@@ -13,43 +13,44 @@ from conas.darts.batchnorm import BatchNorm2d, use_exact_sums
 from conas.darts.genotype import EDGES, NODES, Genotype, derive
 from conas.darts.operations import OPERATIONS, FactorizedReduce, ReLUConvBN, choose_operations
 from conas.darts.passes import constant_alphas, frozen_statistics  # noqa: F401  a space imports them from here
+from conas.darts.primitives import SOURCES
 from conas.darts.stems import add_stem, stem_outputs
 
 STEM_MULTIPLIER = 3
 
 
 class MixedOp(nn.Module):
-    """All primitives on one edge, each with its share."""
+    """All primitives on one edge, each with its share; None stands for one that this edge lacks."""
 
-    def __init__(self, primitives: Sequence[str], C: int, stride: int, operations: Mapping = OPERATIONS):
+    def __init__(self, primitives: Sequence[str | None], C: int, stride: int, operations: Mapping = OPERATIONS):
         super().__init__()
         self._ops = nn.ModuleList()
         for primitive in primitives:
-            operation = operations[primitive](C, stride, False)
-            if "pool" in primitive:  # a pool's output has no fixed scale otherwise
+            operation = operations[primitive](C, stride, False) if primitive else None
+            if primitive and "pool" in primitive:  # a pool's output has no fixed scale otherwise
                 operation = nn.Sequential(operation, nn.BatchNorm2d(C, affine=False))
             self._ops.append(operation)
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """The output (N, C, H', W') for a state x (N, C, H, W); `weights` (P,) is the softmax of the edge's alphas."""
-        return sum(w * op(x) for w, op in zip(weights, self._ops))                                       # equation 2
+        return sum(w * op(x) for w, op in zip(weights, self._ops) if op is not None)                     # equation 2
 
 
 class SearchCell(nn.Module):
-    """A cell whose every edge is mixed. Edges are numbered by node: 0, 1 into the first, 2 to 4 into the second, ..."""
+    """A cell whose every edge is mixed, of its own row of `primitives`, which are as of `Primitives.columns`."""
 
     mixed_op: type[nn.Module] = MixedOp
 
-    def __init__(self, primitives: Sequence[str], C_prev_prev: int, C_prev: int, C: int, reduction: bool,
-                 reduction_prev: bool, operations: Mapping[str, Callable] = OPERATIONS):
+    def __init__(self, primitives: Sequence[Sequence[str | None]], C_prev_prev: int, C_prev: int, C: int,
+                 reduction: bool, reduction_prev: bool, operations: Mapping[str, Callable] = OPERATIONS):
         super().__init__()
         self.reduction = reduction
         # after a reduction, the cell before the last has maps of twice the size
         self.preprocess0 = (FactorizedReduce(C_prev_prev, C, affine=False) if reduction_prev else
                             ReLUConvBN(C_prev_prev, C, 1, 1, 0, affine=False))
         self.preprocess1 = ReLUConvBN(C_prev, C, 1, 1, 0, affine=False)
-        self._ops = nn.ModuleList(self.mixed_op(primitives, C, 2 if reduction and source < 2 else 1, operations)
-                                  for node in range(NODES) for source in range(2 + node))
+        self._ops = nn.ModuleList(self.mixed_op(names, C, 2 if reduction and source < 2 else 1, operations)
+                                  for source, names in zip(SOURCES, primitives))
 
     def forward(self, s0: Tensor, s1: Tensor, weights: Tensor) -> Tensor:
         """The NODES nodes (N, NODES*C, H', W') from the outputs of the two cells before; `weights` (EDGES, P)."""
@@ -70,14 +71,14 @@ class Supernet(nn.Module):
     `stem` is one of STEMS in conas/darts/stems.py. Raises InputError for primitives of which no cell can be made.
     """
 
-    primitives: Sequence[str] = ()
+    primitives: Sequence | Mapping = ()
     operations: Mapping[str, Callable] = {}
     cell: type[SearchCell] = SearchCell
 
     def __init__(self, C: int = 16, num_classes: int = 10, layers: int = 8, in_channels: int = 3, stem: str = "cifar"):
         super().__init__()
         self.arguments = dict(C=C, num_classes=num_classes, layers=layers, in_channels=in_channels, stem=stem)
-        operations = choose_operations(self.primitives, self.operations, C)
+        self.primitives, operations = choose_operations(self.primitives, self.operations, C)
         C_curr = STEM_MULTIPLIER * C
         add_stem(self, stem, in_channels, C_curr)
         C_prev_prev, C_prev, C_curr, reduction_prev = C_curr, C_curr, C, stem == "imagenet"  # whose outputs shrink
@@ -86,8 +87,8 @@ class Supernet(nn.Module):
             reduction = layer in (layers // 3, 2 * layers // 3)
             if reduction:
                 C_curr *= 2
-            self.cells.append(self.cell(self.primitives, C_prev_prev, C_prev, C_curr, reduction, reduction_prev,
-                                        operations))
+            self.cells.append(self.cell(self.primitives.columns("reduce" if reduction else "normal"), C_prev_prev,
+                                        C_prev, C_curr, reduction, reduction_prev, operations))
             C_prev_prev, C_prev, reduction_prev = C_prev, NODES * C_curr, reduction
         self.classifier = nn.Linear(C_prev, num_classes)
         shape = (EDGES, len(self.primitives))
@@ -108,7 +109,7 @@ class Supernet(nn.Module):
 
     def shares(self, kind: str) -> Tensor:
         """What the cells of a kind, "normal" or "reduce", weigh by: (EDGES, P), a row for each mixed edge."""
-        return getattr(self, f"alphas_{kind}").softmax(dim=-1)
+        return self.primitives.shares(kind, getattr(self, f"alphas_{kind}"))
 
     def with_weights(self, x: Tensor, w: Tensor) -> Tensor:
         """`forward` by the weights in the flat vector `w`. An engine may replace it by a faster function."""

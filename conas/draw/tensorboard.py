@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from conas.darts.genotype import NODES, Genotype
+from conas.darts.primitives import KINDS, Primitives
 from conas.draw.cell import cell_picture, defaults
 from conas.errors import InputError
 
@@ -31,10 +32,10 @@ class Board:
             if name != "epoch":
                 self.writer.add_scalar(name.replace("_", "/", 1), value, epoch)
         for name, values in alphas.items():
-            if values.dim() != 2:  # of a space's own cell
+            if name.removeprefix("alphas_") not in KINDS:  # of a space's own cell
                 self.writer.add_histogram(name, values.detach().flatten(), epoch)
                 continue
-            probabilities = torch.softmax(values.detach().double().cpu(), dim=-1)
+            probabilities = Primitives(primitives).shares(name.removeprefix("alphas_"), values.detach().double().cpu())
             entropy = torch.special.entr(probabilities).sum(dim=-1).mean().item()
             self.writer.add_scalar(f"entropy/{name}", entropy, epoch)
             self.writer.add_histogram(name, probabilities.flatten(), epoch)

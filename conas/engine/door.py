@@ -21,6 +21,8 @@ def why_not(network: nn.Module) -> str | None:
     """Say in words what the engine does not know of a network, or return None if it knows all of it."""
     if not isinstance(network, Supernet):
         return f"a {type(network).__name__} is no Supernet"
+    if network.primitives.restricted:
+        return "not all edges have the same operations"
     parts = [(network, Supernet), *((cell, SearchCell) for cell in network.cells)]
     parts += [(mixed, MixedOp) for cell in network.cells for mixed in cell._ops]
     for module, known in parts:

@@ -6,7 +6,8 @@ A checkpoint holds what is needed to rebuild its network without a command line:
 
 `stage` is "search" for a supernet and "train" for a derived network. `network` are the constructor's arguments, for
 derived networks with their `kind` among NETWORKS; `dataset` describes the images (name, classes, ...), `state` is the
-`state_dict`, alphas included. `code` are digests of the space's own code, which old checkpoints lack; see
+`state_dict`, alphas included. `primitives` are the names of the alphas' columns, and `edges`, if not all edges have all
+of them, says which have which. `code` are digests of the space's own code, which old checkpoints lack; see
 conas/runs/code.py. A file NAME.safetensors holds `state`, and the other fields as JSON in its metadata,
 with a CRC-32 of everything. Both kinds are checked for flipped bits when they are read; files of DARTS' own code that
 PyTorch wrote before version 1.6, and .safetensors files of other programs, have no checksum.
@@ -26,6 +27,7 @@ import conas
 from conas.darts import genotype as genotypes
 from conas.darts.derived import NETWORKS, DerivedNetwork
 from conas.darts.operations import OPERATIONS, check_primitives, with_own
+from conas.darts.primitives import Primitives
 from conas.darts.supernet import Supernet
 from conas.errors import InputError
 from conas.files import atomic_path, check_regular, check_writable, check_zip
@@ -38,7 +40,7 @@ SAFETENSORS = ".safetensors"
 FIELDS = {"format": str, "version": str, "torch": str, "stage": str, "space": str, "primitives": list,
           "network": dict, "genotype": dict, "epoch": int, "dataset": dict, "arguments": dict, "seed": int,
           "state": dict}
-OPTIONAL = {"code": dict}
+OPTIONAL = {"code": dict, "edges": dict}
 
 
 def describe(network: Supernet | DerivedNetwork, *, space: str, epoch: int, dataset: dict, arguments: dict,
@@ -57,7 +59,14 @@ def describe(network: Supernet | DerivedNetwork, *, space: str, epoch: int, data
         "genotype": genotypes.to_json(network.genotype()), "epoch": epoch, "dataset": dataset,
         "arguments": arguments, "seed": arguments["seed"], "state": network.state_dict(),
         "code": dict(code or {}),
+        **({} if derived or not getattr(network.primitives, "restricted", False) else
+           {"edges": network.primitives.described()}),
     }
+
+
+def primitives_of(checkpoint: dict) -> Primitives:
+    """What the search of a loaded checkpoint was over."""
+    return Primitives(checkpoint.get("edges") or checkpoint["primitives"])
 
 
 def without_progress(state: dict) -> dict:
@@ -162,10 +171,12 @@ def restore(path: str | Path, checkpoint: dict, space: str, network_class: type[
 
 def _restore_supernet(path: str | Path, checkpoint: dict, space: str, network_class: type[Supernet],
                       operations: Mapping[str, Callable]) -> Supernet:
-    if checkpoint["primitives"] != list(network_class.primitives):
-        raise InputError(f"{path}: searched over {', '.join(checkpoint['primitives'])}, but genotypes.py of {space} "
-                         f"now lists {', '.join(network_class.primitives)}; restore that list or search again")
-    check_primitives(network_class.primitives, operations)
+    before, now = primitives_of(checkpoint), Primitives(network_class.primitives)
+    if (before, before.by_edge) != (now, now.by_edge):
+        others = "" if before != now else " on other edges"
+        raise InputError(f"{path}: searched over {before}, but genotypes.py of {space} now lists {now}{others}; "
+                         "restore that list or search again")
+    check_primitives(now, operations)
     return rebuild(path, checkpoint, network_class, checkpoint["network"])
 
 

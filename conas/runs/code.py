@@ -1,8 +1,8 @@
 """A space's own code, as checkpoints know it: edited code of equal shapes would give other numbers without a word.
 
 A checkpoint holds a digest of every file that decides what its network computes: `genotypes.py`, for supernets
-`model_search.py` too, and what these import of the same folder. Layout, comments, docstrings and genotypes that were
-pasted in do not count, nor does the version of Python.
+`model_search.py` too, and what these import of the same folder. The files of the run's loop count when it goes on.
+Layout, comments, docstrings and genotypes that were pasted in do not count, nor does the version of Python.
 """
 import ast
 import hashlib
@@ -13,7 +13,7 @@ from pathlib import Path
 from conas import distributed
 
 FILES = {"search": ("genotypes.py", "model_search.py"), "train": ("genotypes.py",)}  # by stage
-RULE = "architect.py"  # how a search goes on
+LOOPS = {"search": ("architect.py", "train_search.py"), "train": ("train.py",)}  # how a run goes on
 
 _told: set[tuple] = set()
 
@@ -24,25 +24,28 @@ def digests(folder: Path, stage: str) -> dict[str, str]:
 
     Read once by a process: what has been imported does not change any more.
     """
-    found, waiting = {}, [*FILES[stage], *([RULE] if stage == "search" else [])]
+    found, waiting = {}, [*LOOPS[stage], *FILES[stage]]
     while waiting:
         name = waiting.pop()
         if name in found or not (folder / name).is_file():
             continue
         tree = ast.parse((folder / name).read_bytes())
         found[name] = hashlib.sha256(repr(_plain(tree)).encode()).hexdigest()[:16]
-        waiting += [f"{module}.py" for module in _imported(tree)]
+        if name not in LOOPS[stage]:
+            waiting += [f"{module}.py" for module in _imported(tree)]
     return dict(sorted(found.items()))
 
 
 def changes(folder: Path, checkpoint: dict, resumed: bool = False) -> str:
     """Which files of the space in `folder` are others than when the checkpoint was written, in words; "" if none.
 
-    How its alphas were updated matters only to a search that is `resumed`. A checkpoint without digests says nothing.
+    The loop and the update of the alphas matter only to a run that is `resumed`. A checkpoint without digests says
+    nothing.
     """
-    before, now = checkpoint.get("code") or {}, digests(folder, checkpoint["stage"])
+    stage = checkpoint["stage"]
+    before, now = checkpoint.get("code") or {}, digests(folder, stage)
     return ", ".join(name for name in sorted(before.keys() | now.keys()) if before and before.get(name) != now.get(name)
-                     and (resumed or name != RULE))
+                     and (resumed or name not in LOOPS[stage]))
 
 
 def tell_changes(folder: Path, path: Path, checkpoint: dict) -> str:

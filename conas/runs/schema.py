@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from conas.darts.primitives import Primitives
 from conas.darts.stems import STEMS
 from conas.data.imagefiles import RESIZES
 from conas.data.images import DATASETS
@@ -65,6 +66,8 @@ def check(path: str | Path, checkpoint: dict) -> dict:
     if not all(_is_text(digest) and _is_text(name) and re.fullmatch(r"\w{1,64}\.py", name)
                for name, digest in checkpoint.get("code", {}).items()):
         raise InputError(f"{path}: its field 'code' holds more than digests of files; copy a good one here")
+    if "edges" in checkpoint:
+        _check_edges(path, checkpoint)
     if not is_state(checkpoint["state"]):
         raise InputError(f"{path}: its field 'state' holds more than tensors by name; copy a good one here")
     about, network = checkpoint["dataset"], checkpoint["network"]
@@ -81,6 +84,16 @@ def check(path: str | Path, checkpoint: dict) -> dict:
     if network.get("in_channels", 3) != channels or (about.get("crop") or 0) > about["image_size"]:
         raise InputError(f"{path}: its network takes other images than those of {about['name']}; copy a good one here")
     return checkpoint
+
+
+def _check_edges(path: str | Path, checkpoint: dict) -> None:
+    try:
+        if list(Primitives(checkpoint["edges"])) == checkpoint["primitives"]:
+            return
+    except InputError:
+        pass
+    raise InputError(f"{path}: its field 'edges' does not say which edges have which of its primitives; copy a good "
+                     "one here")
 
 
 def _check_language(path: str | Path, checkpoint: dict) -> dict:

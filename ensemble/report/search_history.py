@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from tqdm import tqdm
 
@@ -77,7 +76,8 @@ def read_searches(folders: Sequence[Path]) -> list[Search]:
             alphas, cells = {kind: [] for kind in KINDS}, []
             for path in found.values():
                 checkpoint = checkpoints.load(path)
-                P = len(checkpoint["primitives"])
+                primitives = checkpoints.primitives_of(checkpoint)
+                P = len(primitives)
                 cells.append(genotypes.from_json(checkpoint["genotype"], str(path), checkpoint["primitives"]))
                 for kind in KINDS:
                     shape = getattr(checkpoint["state"].get(f"alphas_{kind}"), "shape", None)
@@ -85,7 +85,7 @@ def read_searches(folders: Sequence[Path]) -> list[Search]:
                             or not checkpoint["state"][f"alphas_{kind}"].isfinite().all()):
                         raise InputError(f"{path}: has no finite alphas of {len(EDGES)} edges and {P} primitives, or "
                                          "another cell; copy a good one here")
-                    alphas[kind].append(torch.softmax(checkpoint["state"][f"alphas_{kind}"].double(), dim=-1))
+                    alphas[kind].append(primitives.shares(kind, checkpoint["state"][f"alphas_{kind}"].double()))
                 bar.update()
             searches.append(Search(f"{folder.parent.name}/{folder.name}", checkpoint["primitives"], list(found), alphas,
                                    cells))

@@ -248,7 +248,7 @@ def test_an_operation_that_the_engine_does_not_know_makes_the_network_run_by_its
 @pytest.mark.parametrize("primitives, says", [
     (("sep_conv_3x3", "noise"), "'noise' is no operation; did you mean none"),
     (("none", "sep_conv3x3"), "did you mean sep_conv_3x3"),
-    ((), "empty"), (("none",), "none; a cell needs"),
+    ((), "empty"), (("none",), "none; an edge needs"),
     (("none", "skip_connect", "skip_connect"), "skip_connect is there twice"),
 ])
 def test_primitives_of_which_no_cell_can_be_made_are_refused(primitives, says):

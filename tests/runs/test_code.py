@@ -76,8 +76,9 @@ def test_files_of_the_folder_that_are_imported_count_too(tmp_path):
     one, other = (write(tmp_path / name, importing, blocks=OWN + more, unused=name, torch="") for name, more in
                   (("one", ""), ("other", "more = 1\n")))
     assert one.keys() == {"genotypes.py", "blocks.py", "torch.py"} and one["blocks.py"] != other["blocks.py"]
-    assert {"genotypes.py", "model_search.py", "architect.py"} == code.digests(ROOT / "cnn_space1", "search").keys()
-    assert {"genotypes.py"} == code.digests(ROOT / "cnn_space1", "train").keys()
+    assert {"genotypes.py", "model_search.py", "architect.py", "train_search.py"} == code.digests(
+        ROOT / "cnn_space1", "search").keys()
+    assert {"genotypes.py", "train.py"} == code.digests(ROOT / "cnn_space1", "train").keys()
     assert code.digests(tmp_path, "search") == {}
 
 
