@@ -1,12 +1,22 @@
-"""Operations of a space's own: random ones in a bilevel step, and whether a search chooses those that earn it."""
+"""Operations of a space's own: random ones in a bilevel step and in killed runs, and whether a search chooses those
+that earn it."""
+import os
+from types import ModuleType
+
 import pytest
 import torch
 from torch import nn
 
+from cnn_space2.architect import Architect
+from conas.commands import search, train
 from conas.commands.search import weight_optimizer, weight_step
+from conas.darts import genotype as genotypes
 from conas.darts.architect import Bilevel
+from conas.darts.genotype import Genotype
 from conas.darts.supernet import Supernet
 from conas.runs.options import WeightOptions
+from tests.helpers.crash import SMALL, differences, everything, in_child
+from tests.helpers.searches import no_pictures  # noqa: F401
 
 
 class Noise(nn.Module):
@@ -98,7 +108,7 @@ def test_an_operation_is_chosen_if_it_is_best_and_not_if_it_is_useless():
     network = Planted(C=2, num_classes=2, layers=3)
     optimizer = weight_optimizer(network, WeightOptions(learning_rate=0.1))
     architect = Bilevel(network, optimizer, arch_learning_rate=0.1, unrolled=False)
-    for _ in range(60):
+    for _ in range(40):
         train = batch()
         architect.step(train, batch(), 0.1)
         weight_step(network, optimizer, train, grad_clip=5.0)
@@ -106,3 +116,48 @@ def test_an_operation_is_chosen_if_it_is_best_and_not_if_it_is_useless():
     from_inputs = [operation for operation, source in cells.normal if source < 2]
     assert from_inputs.count("product") >= 0.75 * len(from_inputs) > 0
     assert not any(operation == "useless" for operation, _ in [*cells.normal, *cells.reduce])
+
+
+class Dropped(nn.Module):
+    """Dropout, whose masks come from the global generator."""
+
+    def __init__(self, C, stride, affine):
+        super().__init__()
+        self.norm, self.drop = nn.BatchNorm2d(C, affine=affine), nn.Dropout(0.3)
+        self.stride = stride
+
+    def forward(self, x):
+        return self.norm(self.drop(x)[:, :, ::self.stride, ::self.stride])
+
+
+SPACE = ModuleType("genotypes")
+SPACE.PRIMITIVES = ("noise", "dropped", "skip_connect")
+SPACE.OPERATIONS = {"noise": Noise, "dropped": Dropped}
+Random = type("Random", (Supernet,), {"primitives": SPACE.PRIMITIVES, "operations": SPACE.OPERATIONS})
+
+
+def run_search(folder):
+    search.main(folder, Random, Architect, "", SMALL)
+    return folder / "search-EXP"
+
+
+def run_training(folder):
+    edges = [(operation, source) for operation in ("noise", "dropped") for _ in range(2) for source in (0, 1)]
+    genotypes.save(folder / "search-EXP" / "genotype.json", Genotype(edges, range(2, 6), edges, range(2, 6)))
+    train.main(folder, SPACE, "", argv=[*SMALL, "--valid_portion", "0.2", "--drop_path_prob", "0.3"])
+    return folder / "train-EXP"
+
+
+@pytest.mark.parametrize("run, event", [(run_search, "before hessian_vector"), (run_training, "before validate")])
+def test_a_killed_run_ends_with_the_same_bits_though_its_operations_are_random(tmp_path, run, event):
+    """Killed at the last of such events, which lies in the second epoch."""
+    status, seen = in_child(lambda: run(tmp_path / "whole" / "cnn_space4"))
+    assert status == 0
+    whole = everything(run_folder := next((tmp_path / "whole" / "cnn_space4").glob("*-EXP/log.txt")).parent)
+    folder = tmp_path / "killed" / "cnn_space4"
+    status, _ = in_child(lambda: run(folder), len(seen) - 1 - seen[::-1].index(event))
+    assert os.WIFSIGNALED(status)
+    assert in_child(lambda: run(folder))[0] == 0
+    again = folder / run_folder.name
+    assert "goes on in epoch 1" in (again / "log.txt").read_text()
+    assert not differences(everything(again), whole)

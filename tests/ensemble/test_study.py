@@ -14,6 +14,7 @@ from ensemble import study
 from ensemble.combine.committee import Committee
 from ensemble.measure.metrics import nll, topk_accuracy
 from ensemble.study_statistics import MIXED, as_text, compare_groups, members_of
+from tests.commands.test_own_operation import OWN
 from tests.conftest import Clone
 from tests.ensemble.test_committee import make_scores
 
@@ -137,14 +138,17 @@ def test_wrong_words_get_one_line(words, capsys):
 
 
 def test_a_study_in_a_bare_clone_resumes_and_reports(bare_clone, tmp_path):
+    """One of its spaces has an operation of its own."""
     shutil.copytree(bare_clone.root, tmp_path / "CoNAS")
     clone = Clone(tmp_path / "CoNAS")
+    shutil.copytree(clone.root / "cnn_space3", clone.root / "cnn_space4")
+    (clone.root / "cnn_space4" / "genotypes.py").write_text(OWN)
 
     def command(*words):
         return clone.run("-m", "ensemble.study", *words)
 
     assert command("plan", "p.json", "--seeds", "2", "--save", "s", "--size", "2", "--spaces", "cnn_space1",
-                   "cnn_space3", f"--flags={TINY}").returncode == 0
+                   "cnn_space4", f"--flags={TINY}").returncode == 0
     early = command("report", "p.json")
     assert early.returncode == 2 and "4 of 4 runs are not finished" in early.stderr
     half = command("run", "p.json", "--part", "1/2")
@@ -189,7 +193,7 @@ def test_a_study_in_a_bare_clone_resumes_and_reports(bare_clone, tmp_path):
     some = command("report", "q.json", "--partial")
     assert some.returncode == 0 and "1 of 3 seeds are left out (3)" in some.stdout, some.stderr
 
-    arguments = clone.root / "cnn_space3" / "search-s-2" / "args.json"
+    arguments = clone.root / "cnn_space4" / "search-s-2" / "args.json"
     arguments.write_text(arguments.read_text().replace('"momentum": 0.9', '"momentum": 0.8'))
     other = command("report", "p.json")
     assert other.returncode == 2 and "--momentum" in other.stderr
