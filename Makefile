@@ -8,7 +8,7 @@ SPACES := cnn_space1 cnn_space2 cnn_space3
 # The networks of the demo and of the tests are so small that threads would mostly wait for each other.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo demo-rnn demo-train search test torture lint clean
+.PHONY: demo demo-rnn demo-train search test torture acceptance lint clean
 .DELETE_ON_ERROR:
 
 .venv/.core: requirements.txt
@@ -49,13 +49,18 @@ demo-rnn: .venv/.core
 	for seed in 1 2; do (cd rnn && ../$(BIN)/python test.py --save demo-$$seed) || exit; done
 	$(BIN)/python test_ensemble.py --task language --save demo --members 'rnn/train-demo-*/checkpoints/best.pt'
 
-# In the order of names: xdist's own order leaves the files of few, long tests for the end, when the other core is idle.
+# At most 12 minutes on two cores: the slowest are listed at the end. In the order of names: xdist's own order leaves the files of few, long tests for the end, when the other core is idle.
 test: .venv/.dev
-	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --durations=15
 
 # Kill a search and a training at every place that matters and start them again: about ten minutes.
 torture: .venv/.dev
 	$(BIN)/python -m tests.helpers.crash
+
+# What takes longer than a test may: exhaustive variants, every kill, and the oldest versions in requirements.txt.
+acceptance: test torture
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations=15 -m slow
+	$(BIN)/python -m tests.helpers.oldest
 
 lint: .venv/.dev
 	$(BIN)/ruff check .
