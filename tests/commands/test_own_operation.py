@@ -5,6 +5,10 @@ import shutil
 import pytest
 import torch
 
+from conas import cli
+from conas.commands import search
+from conas.darts.architect import Bilevel
+from conas.darts.supernet import Supernet
 from conas.runs.checkpoint import load
 from tests.conftest import Clone
 
@@ -101,9 +105,17 @@ def test_the_whole_chain(copy, tmp_path):
     (OWN.replace("Conv2d(C, C", "Conv2d(C + 1, C"), ["conv_3x3", "fails", "C=2"]),
     ('PRIMITIVES = ("skip_connect",)\nOPERATIONS = ["conv_3x3"]\n', ["OPERATIONS", "dict"]),
 ])
-def test_what_cannot_be_searched_is_refused_in_one_line(bare_clone, tmp_path, genotypes, says):
-    shutil.copytree(bare_clone.root, tmp_path / "CoNAS")
-    clone = Clone(tmp_path / "CoNAS")
-    (clone.root / "cnn_space2" / "genotypes.py").write_text(genotypes)
-    one_line_error(clone.run("cnn_space2/train_search.py", *SMALL, "--epochs", "1"), *says)
-    assert not (clone.root / "cnn_space2" / "search-EXP" / "checkpoints").exists()
+def test_what_cannot_be_searched_is_refused_in_one_line(tmp_path, capsys, genotypes, says):
+    space = {}
+    exec(genotypes, space)
+    network = type("Network", (Supernet,), {"primitives": space["PRIMITIVES"],
+                                            "operations": space.get("OPERATIONS", {})})
+    assert cli.run(lambda: search.main(tmp_path / "cnn_space2", network, Bilevel, "", [*SMALL, "--epochs", "1"])) == 2
+    line, = capsys.readouterr().err.splitlines()
+    assert all(word in line for word in says), line
+    assert not (tmp_path / "cnn_space2" / "search-EXP" / "checkpoints").exists()
+
+
+def test_a_script_refuses_them_too(copy):
+    (copy.root / "cnn_space2" / "genotypes.py").write_text("PRIMITIVES = ()\n")
+    one_line_error(copy.run("cnn_space2/train_search.py", *SMALL, "--epochs", "1", "--save", "new"), "empty")

@@ -6,6 +6,7 @@ import pickle
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
@@ -14,6 +15,10 @@ from conas.errors import InputError
 
 fuzz = settings(max_examples=60, deadline=None, derandomize=True, database=None,
                 suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+
+def examples(some: int, many: int):
+    """A test's argument `examples`: `some` in `make test`, `many` in `make acceptance`."""
+    return pytest.mark.parametrize("examples", [some, pytest.param(many, marks=pytest.mark.slow)])
 
 
 class Payload:

@@ -20,7 +20,7 @@ print("all alike")
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks")
-@pytest.mark.parametrize("kind, kills", [("search", 10), ("training", 14)])
+@pytest.mark.parametrize("kind, kills", [("search", 5), ("training", 7)])
 def test_killed_anywhere_it_ends_alike(kind, kills, tmp_path):
     # in a process of its own, since forks of this one would inherit the threads of other tests
     done = subprocess.run([sys.executable, "-c", PROGRAM, kind, tmp_path, str(kills)], cwd=ROOT, capture_output=True,

@@ -19,7 +19,7 @@ from conas.runs.options import TestOptions
 from conas.runs.resume import Keeper
 from conas.runs.scores import Scores, load_scores, save_scores
 from tests.ensemble.test_committee import make_scores
-from tests.helpers.hostile import VALUES, changed, damaged, fuzz, refused
+from tests.helpers.hostile import VALUES, changed, damaged, examples, fuzz, refused
 from tests.runs.test_checkpoint import ABOUT, Tiny, tiny, written
 
 
@@ -156,22 +156,25 @@ def described() -> dict:
     return checkpoints.describe(tiny(), space="cnn_space7", epoch=0, dataset=about, arguments={"seed": 2, "epochs": 1})
 
 
-@settings(fuzz, max_examples=100)
-@given(data=st.data())
-def test_any_contents_of_a_checkpoint_give_scores_or_an_input_error(space, described, data):
-    fields = {name: value for name, value in described.items() if name != "state"}
-    if data.draw(st.integers(0, 3)):
-        content = data.draw(changed(fields))
-        content = content | {"state": described["state"]} if isinstance(content, dict) else content
-    else:
-        content = described | {"state": data.draw(changed(dict(described["state"]), ODD_TENSORS | VALUES))}
-    path = space.search_folder("EXP") / "checkpoints" / "epoch_000.pt"
-    checkpoints.save(path, content)
-    for split in ("test", "valid"):
-        for stored in path.parent.parent.glob("probabilities/*"):
-            stored.unlink()
-        scores = refused(path, lambda split=split: scores_for(space, path, TestOptions(device="cpu"), split))
-        assert scores is None or (isinstance(scores, Scores) and scores.logits.shape == (len(scores.labels), 10))
+@examples(30, 200)
+def test_any_contents_of_a_checkpoint_give_scores_or_an_input_error(space, described, examples):
+    @settings(fuzz, max_examples=examples)
+    @given(data=st.data())
+    def check(data):
+        fields = {name: value for name, value in described.items() if name != "state"}
+        if data.draw(st.integers(0, 3)):
+            content = data.draw(changed(fields))
+            content = content | {"state": described["state"]} if isinstance(content, dict) else content
+        else:
+            content = described | {"state": data.draw(changed(dict(described["state"]), ODD_TENSORS | VALUES))}
+        path = space.search_folder("EXP") / "checkpoints" / "epoch_000.pt"
+        checkpoints.save(path, content)
+        for split in ("test", "valid"):
+            for stored in path.parent.parent.glob("probabilities/*"):
+                stored.unlink()
+            scores = refused(path, lambda split=split: scores_for(space, path, TestOptions(device="cpu"), split))
+            assert scores is None or (isinstance(scores, Scores) and scores.logits.shape == (len(scores.labels), 10))
+    check()
 
 
 def test_the_unchanged_checkpoint_gives_scores(space, described):

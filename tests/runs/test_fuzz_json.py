@@ -20,7 +20,7 @@ from ensemble import study, study_runs
 from ensemble.combine.committee import Committee
 from ensemble.combine.network import load_committee
 from ensemble.report import html, report
-from tests.helpers.hostile import TEXTS, fuzz, hostile_json, refused
+from tests.helpers.hostile import TEXTS, examples, fuzz, hostile_json, refused
 from tests.helpers.untrained import write_runs
 
 GENOTYPE = genotypes.to_json(GENOTYPES["DARTS_V2"])
@@ -45,12 +45,13 @@ def only_starts_our_scripts(plan) -> bool:
     ("study.json", PLAN, study.read_plan, only_starts_our_scripts),
     ("seconds.json", {"seconds": 1.5}, lambda path: study_runs.read_seconds(path.parent), lambda seconds: seconds >= 0),
 ])
-def test_any_json_is_right_or_refused_by_name(tmp_path, name, good, read, right):
+@examples(40, 150)
+def test_any_json_is_right_or_refused_by_name(tmp_path, name, good, read, right, examples):
     path = tmp_path / name
     write_json(path, good)
     assert right(read(path))
 
-    @settings(fuzz, max_examples=150)
+    @settings(fuzz, max_examples=examples)
     @given(content=hostile_json(good))
     def check(content):
         path.write_bytes(content)
@@ -99,7 +100,8 @@ def committee(tmp_path_factory) -> tuple[Path, dict]:
     return root, json.loads((root / "committee-EXP" / "committee.json").read_text())
 
 
-def test_any_report_gives_a_committee_or_an_input_error(committee, monkeypatch):
+@examples(8, 50)
+def test_any_report_gives_a_committee_or_an_input_error(committee, monkeypatch, examples):
     root, good = committee
     path = root / "committee-EXP" / "committee.json"
     images = torch.zeros(2, 1, 8, 8, dtype=torch.uint8)
@@ -108,7 +110,7 @@ def test_any_report_gives_a_committee_or_an_input_error(committee, monkeypatch):
     html.main([])
     assert "Committee on digits" in (root / "committee-EXP" / "report.html").read_text()
 
-    @settings(fuzz, max_examples=25)
+    @settings(fuzz, max_examples=examples)
     @given(content=hostile_json(good))
     def check(content):
         path.write_bytes(content)
