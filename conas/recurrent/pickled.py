@@ -164,7 +164,7 @@ def read_pickled(path: str | Path) -> PickledModel:
         raise InputError(f"{path}: refused, since it is no language model of DARTS' code ({reason[:200]}); nothing in "
                          "it was run") from error
     if not found:
-        raise InputError(f"{path}: holds no model with weights; copy a good one here")
+        raise InputError(f"{path}: holds no model with weights; replace it with an intact copy")
     return PickledModel(unwrapped(path, found), genotypes[0] if genotypes else None)
 
 

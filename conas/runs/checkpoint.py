@@ -125,13 +125,13 @@ def read(path: str | Path) -> object:
         try:
             check_zip(path)
         except ValueError as error:
-            raise InputError(f"{path}: damaged ({error}); delete it, or copy a good one here") from error
+            raise InputError(f"{path}: damaged ({error}); delete it, or replace it with an intact copy") from error
     try:
         with warnings.catch_warnings(action="ignore"):  # torch muses about damaged files before it fails on them
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file can make the unpickler raise anything
         raise InputError(f"{path}: refused, since it is damaged or holds more than tensors and plain values; nothing "
-                         "in it was run. Delete it, or copy a good one here") from error
+                         "in it was run. Delete it, or replace it with an intact copy") from error
 
 
 def published_state(path: str | Path, content: object) -> dict[str, Tensor]:
@@ -143,7 +143,7 @@ def published_state(path: str | Path, content: object) -> dict[str, Tensor]:
         content = next((content[key] for key in HOLDERS if isinstance(content.get(key), dict)), content)
         content = unwrapped(path, content)
     if not content or not fields.is_state(content):
-        raise InputError(f"{path}: holds neither a CoNAS checkpoint nor a state_dict; copy a good one here")
+        raise InputError(f"{path}: holds neither a CoNAS checkpoint nor a state_dict; replace it with an intact copy")
     return content
 
 
@@ -240,7 +240,7 @@ def _read_safetensors(path: str | Path) -> dict:
             raise ValueError("it does not have the checksum that it was written with")
         return content
     except Exception as error:  # damaged bytes can make it raise anything
-        raise InputError(f"{path}: damaged ({error}); copy a good one here") from error
+        raise InputError(f"{path}: damaged ({error}); replace it with an intact copy") from error
 
 
 def _crc32(metadata: Mapping[str, str], state: Mapping[str, Tensor]) -> int:
@@ -271,4 +271,5 @@ def sha256(path: str | Path) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror or error}); copy a good one here") from error
+        raise InputError(f"{path}: cannot be read ({error.strerror or error}); replace it with an intact copy"
+                         ) from error

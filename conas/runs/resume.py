@@ -111,7 +111,7 @@ class Keeper:
             metrics, course = _check_progress(state)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise InputError(f"{self.path}: is whole, but does not fit this run; delete it to begin the run again, or "
-                             "copy a good one here") from error
+                             "replace it with an intact copy") from error
         self.run.extend(len(metrics) + (course is not None))
         self.run.write_metrics(metrics)
         return metrics, state if course else None
@@ -175,7 +175,7 @@ def _with_fields(path, state: dict) -> dict:
     for name in ("metrics", "random", "optimizer", "course"):
         if name not in state:
             raise InputError(f"{path}: is a checkpoint, but not the state of a run (no {name}); delete it to begin "
-                             "this run again, or copy a good one here")
+                             "this run again, or replace it with an intact copy")
     return state
 
 

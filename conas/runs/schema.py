@@ -62,14 +62,15 @@ def check(path: str | Path, checkpoint: dict) -> dict:
     _table(path, checkpoint, right, "its field")
     for name, value in checkpoint.items():
         if name in ("network", "genotype", "dataset", "arguments") and not is_plain(value):
-            raise InputError(f"{path}: its field {name!r} holds more than numbers and texts; copy a good one here")
+            raise InputError(f"{path}: its field {name!r} holds more than numbers and texts; replace it with an intact "
+                             "copy")
     if not all(_is_text(digest) and _is_text(name) and re.fullmatch(r"\w{1,64}\.py", name)
                for name, digest in checkpoint.get("code", {}).items()):
-        raise InputError(f"{path}: its field 'code' holds more than digests of files; copy a good one here")
+        raise InputError(f"{path}: its field 'code' holds more than digests of files; replace it with an intact copy")
     if "edges" in checkpoint:
         _check_edges(path, checkpoint)
     if not is_state(checkpoint["state"]):
-        raise InputError(f"{path}: its field 'state' holds more than tensors by name; copy a good one here")
+        raise InputError(f"{path}: its field 'state' holds more than tensors by name; replace it with an intact copy")
     about, network = checkpoint["dataset"], checkpoint["network"]
     if "words" in network:
         return _check_language(path, checkpoint)
@@ -79,10 +80,11 @@ def check(path: str | Path, checkpoint: dict) -> dict:
            "its network's")
     if network["num_classes"] != len(about["classes"]):
         raise InputError(f"{path}: its network knows {network['num_classes']} classes, but its images have "
-                         f"{len(about['classes'])}; copy a good one here")
+                         f"{len(about['classes'])}; replace it with an intact copy")
     channels = DATASETS[about["name"]].channels
     if network.get("in_channels", 3) != channels or (about.get("crop") or 0) > about["image_size"]:
-        raise InputError(f"{path}: its network takes other images than those of {about['name']}; copy a good one here")
+        raise InputError(f"{path}: its network takes other images than those of {about['name']}; replace it with an "
+                         "intact copy")
     return checkpoint
 
 
@@ -102,14 +104,14 @@ def _check_language(path: str | Path, checkpoint: dict) -> dict:
     _table(path, network, LANGUAGE, "its network's")
     if network["words"] != len(about["classes"]):
         raise InputError(f"{path}: its network knows {network['words']} words, but its text has "
-                         f"{len(about['classes'])}; copy a good one here")
+                         f"{len(about['classes'])}; replace it with an intact copy")
     return checkpoint
 
 
 def _table(path: str | Path, values: Mapping, right: Mapping[str, Callable[[object], bool]], what: str) -> None:
     for name, check in right.items():
         if name not in values or not check(values[name]):
-            raise InputError(f"{path}: {what} {name!r} is missing or out of range; copy a good one here")
+            raise InputError(f"{path}: {what} {name!r} is missing or out of range; replace it with an intact copy")
 
 
 def is_plain(value: object) -> bool:

@@ -30,7 +30,7 @@ def unwrapped(path: object, state: dict) -> dict:
     for name, own in parts.items():
         own = ".".join(own)
         if own in found:
-            raise InputError(f"{path}: has {own} twice, once as {name}; copy a good one here")
+            raise InputError(f"{path}: has {own} twice, once as {name}; replace it with an intact copy")
         found[own] = state[name]
     return found
 

@@ -84,7 +84,7 @@ def read_searches(folders: Sequence[Path]) -> list[Search]:
                     if (shape != (len(EDGES), P) or len(getattr(cells[-1], kind)) != 2 * NODES
                             or not checkpoint["state"][f"alphas_{kind}"].isfinite().all()):
                         raise InputError(f"{path}: has no finite alphas of {len(EDGES)} edges and {P} primitives, or "
-                                         "another cell; copy a good one here")
+                                         "another cell; replace it with an intact copy")
                     alphas[kind].append(primitives.shares(kind, checkpoint["state"][f"alphas_{kind}"].double()))
                 bar.update()
             searches.append(Search(f"{folder.parent.name}/{folder.name}", checkpoint["primitives"], list(found), alphas,
