@@ -34,6 +34,7 @@ from conas.recurrent.steps import (
 )
 from conas.recurrent.text import Text, load_corpus
 from conas.runs import checkpoint as checkpoints
+from conas.runs import code
 from conas.runs.best import best_epoch, mend_best, require_best
 from conas.runs.folder import best_checkpoint, folder_name
 from conas.runs.loop import Loop
@@ -104,7 +105,7 @@ class TrainRun(Loop):
         text, units, rates, sgd, options, keep = parse(description, TRAIN_GROUPS, argv)
         check_units(units)
         self.space = Space(folder.name, folder)
-        run_folder = self.space.train_folder(folder_name(options.save))
+        run_folder, self.code = self.space.train_folder(folder_name(options.save)), code.digests(folder, "train")
         check_outputs(run_folder)
         self.device = device = find_device(options.device, keep.deterministic)
         genotype, self.where = choose_cell(self.space, named_genotypes(module), units)
@@ -148,7 +149,7 @@ class TrainRun(Loop):
     def checkpoint(self, epoch: int) -> dict:
         """Of the network as it is now."""
         return checkpoints.describe(self.network, space=self.name, epoch=epoch, dataset=self.dataset_info,
-                                    arguments=self.arguments, primitives=self.primitives)
+                                    arguments=self.arguments, primitives=self.primitives, code=self.code)
 
     def state(self) -> dict:
         return self.checkpoint(self.course.epoch) | {
