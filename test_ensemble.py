@@ -203,7 +203,7 @@ def score(pool: Pool, options: TestOptions, split: str = "test") -> dict[str, Sc
 
 
 def progress(things: Iterable, title: str) -> tqdm:
-    return tqdm(things, desc=title, unit="checkpoint", leave=False, disable=distributed.quiet())
+    return tqdm(things, desc=title, unit="checkpoint", leave=False, disable=distributed.tqdm_disable())
 
 
 def files_by_name(pool: Pool) -> dict[str, Path]:

@@ -94,7 +94,7 @@ def messages(sent: list[int], processes: int, bandwidth: float, latency: float) 
 def worker(options: argparse.Namespace) -> None:
     """One of two processes: seconds of a step, bytes a second and seconds of latency."""
     with distributed.processes():
-        share = distributed.part(options.batch_size)
+        share = distributed.rank_slice(options.batch_size)
         step = seconds(make_step(options, share.stop - share.start), options.rounds, clock_of(options))
         device = find_device(options.device)
         large, small = torch.zeros(2_000_000, device=device), torch.zeros(1, device=device)

@@ -161,7 +161,7 @@ def _complain(error) -> int:
 
 
 def _say(text: str) -> None:
-    if distributed.says_it_first(text):
+    if distributed.first_to_report(text):
         print(text, file=sys.stderr)
 
 

@@ -1,9 +1,10 @@
 """Several processes that compute one run together, started by torchrun. For a process alone, all this is the identity.
 
-Tensors of the computation are summed where they lie: by NCCL on GPUs, by gloo on CPUs. What processes have to agree on
-besides goes through gloo on the CPU, and so never waits for a GPU. Between processes go plain values, no objects.
+Tensors of the computation are summed on their own device: by NCCL on GPUs, by gloo on CPUs. Whatever else processes
+have to agree on goes through gloo on the CPU, and never waits for a GPU. Only plain values are exchanged, no objects.
 
-All processes call the same functions in the same order, except `rank`, `size`, `part`, `quiet` and `says_it_first`.
+All processes call the same functions in the same order, except `rank`, `size`, `rank_slice`, `tqdm_disable` and
+`first_to_report`.
 """
 import hashlib
 import io
@@ -48,10 +49,10 @@ def processes() -> Iterator[None]:
 
 
 def _name_of_start(store: dist.Store, rank: int, size: int) -> str:
-    """A name that the processes of this start, and no earlier ones, have for their part of the store.
+    """A name for the part of the store that belongs to the processes of this start, and to no earlier ones.
 
-    torchrun --max-restarts keeps the store, where processes would find the addresses of dead ones. So the first answers
-    every call that is in it, until all others have confirmed; nobody is there any more to hear the other answers.
+    torchrun --max-restarts keeps the store, in which processes would find the addresses of dead ones. So rank 0 answers
+    every call in it until all other ranks have confirmed; answers to calls of dead processes are read by nobody.
     """
     name, answered = uuid.uuid4().hex, set()
     if rank:
@@ -83,29 +84,29 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
 
 
-def quiet() -> bool | None:
-    """`disable` for tqdm: a bar on the first process's terminal, silence in a file and from all others."""
+def tqdm_disable() -> bool | None:
+    """`disable` for tqdm: a bar if rank 0 writes to a terminal; none in a file or from other ranks."""
     return True if rank() else None
 
 
-def says_it_first(text: str) -> bool:
-    """Whether no other process has asked this about the same text: what befalls all is to be said once."""
+def first_to_report(text: str) -> bool:
+    """Return True if no other process has asked this about the same text: what happens to all is reported once."""
     try:
         return not _stores or _stores[0].add(hashlib.sha256(text.encode()).hexdigest(), 1) == 1
     except RuntimeError:  # torchrun itself is gone
         return True
 
 
-def refuse(script: str) -> None:
-    """Raises InputError if there are several processes: `script` is for one."""
+def require_single_process(script: str) -> None:
+    """Raise InputError if there are several processes: `script` is for one."""
     if size() > 1:
         raise InputError(f"{script}: is for one process; start it with python instead of torchrun")
 
 
 # batches
 
-def part(count: int) -> slice:
-    """This process's share of `count` images: as `torch.tensor_split` divides them, so that sizes differ by one."""
+def rank_slice(count: int) -> slice:
+    """This process's share of `count` images, as `torch.tensor_split` divides them: sizes differ by at most one."""
     each, more = divmod(count, size())
     start = rank() * each + min(rank(), more)
     return slice(start, start + each + (rank() < more))
@@ -121,13 +122,13 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
     return _reduced(tensor.detach().clone(memory_format=torch.contiguous_format)) if size() > 1 else tensor
 
 
-def weighed(loss: Tensor, images: int) -> Tensor:
-    """A mean loss of this process's `images` images, as their sum: gradients of sums can be added up."""
+def scaled_by_count(loss: Tensor, images: int) -> Tensor:
+    """The mean loss over this process's `images` images times their number: gradients of sums can be added up."""
     return loss * images if size() > 1 else loss
 
 
-def averaged(tensors: Sequence[Tensor], images: int) -> list[Tensor]:
-    """From sums over this process's `images` images, means over the images of all. One all-reduce."""
+def all_reduce_mean(tensors: Sequence[Tensor], images: int) -> list[Tensor]:
+    """Turn sums over this process's `images` images into means over the images of all processes. One all-reduce."""
     if size() == 1:
         return list(tensors)
     sums, count = _sums(tensors, images)
@@ -137,10 +138,10 @@ def averaged(tensors: Sequence[Tensor], images: int) -> list[Tensor]:
 @torch.no_grad()
 def after_backward(network: nn.Module, optimizer: torch.optim.Optimizer, loss: Tensor, hits: Tensor, images: int
                    ) -> tuple[Tensor, Tensor]:
-    """What a step has left on this process, gradients and running statistics, becomes the mean over all images.
+    """Replace this process's gradients and running statistics after a step by their means over all images.
 
-    `loss` is `weighed`, `hits` are the right answers among `images` images. Returns those of all processes, the loss
-    as a mean. One all-reduce.
+    `loss` is `scaled_by_count`, `hits` are the right answers among `images` images. Returns both over all processes,
+    the loss as a mean. One all-reduce.
     """
     if size() == 1:
         return loss, hits
@@ -160,8 +161,8 @@ def _sums(tensors: Sequence[Tensor], images: int) -> tuple[list[Tensor], Tensor]
 
 # agreement
 
-def highest(*numbers: int) -> list[int]:
-    """Of each number the highest that a process has."""
+def all_reduce_max(*numbers: int) -> list[int]:
+    """The maximum over all processes of each number."""
     return _reduced(torch.tensor(numbers), dist.ReduceOp.MAX).tolist() if size() > 1 else list(numbers)
 
 
@@ -178,15 +179,15 @@ def gather(value: T) -> list[T]:
     return [_unpacked(row[:length]) for row, length in zip(rows, map(int, lengths))]
 
 
-def from_first(function: Callable[[], T]) -> T:
-    """What `function` returns on the first process, the only one that calls it; as in `gather`.
+def from_rank0(function: Callable[[], T]) -> T:
+    """What `function` returns on rank 0, the only process that calls it: plain values, as in `gather`.
 
-    Raises its InputError on all.
+    Its InputError is raised on all ranks.
     """
     if size() == 1:
         return function()
     value = None
-    with together():
+    with raise_on_all_ranks():
         if rank() == 0:
             value = function()
     own = _packed(value)
@@ -199,8 +200,8 @@ def from_first(function: Callable[[], T]) -> T:
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """For work that one process may fail at: if an InputError leaves it there, it leaves it on all."""
+def raise_on_all_ranks() -> Iterator[None]:
+    """For work that may fail on one process: an InputError that leaves the block there leaves it on all ranks."""
     message = ""
     try:
         yield
@@ -212,21 +213,21 @@ def together() -> Iterator[None]:
         raise InputError(text)
 
 
-def in_turn(function: Callable[[], T]) -> T:
-    """What `function` returns, called by the first process of each machine and then by the others.
+def local_rank0_first(function: Callable[[], T]) -> T:
+    """What `function` returns, called by local rank 0 of each machine and then by the others.
 
-    So nothing is downloaded twice. An InputError is raised on all.
+    So nothing is downloaded twice. An InputError is raised on all ranks.
     """
     value = None
     for turn in (True, False)[:size()]:  # a process alone has one turn
-        with together():
+        with raise_on_all_ranks():
             if (local_rank() == 0) == turn:
                 value = function()
     return value
 
 
 def check_equal(what: str, value) -> None:
-    """Raises InputError, naming ranks, if not all processes have the same value of `what`, a plain one."""
+    """Raise InputError that names ranks if not all processes have the same plain value of `what`."""
     values = gather(value)
     others = [str(number) for number, other in enumerate(values) if other != values[0]]
     if others:
@@ -243,11 +244,11 @@ def check_network(what: str, network: nn.Module) -> None:
 
 @torch.no_grad()
 def checksum(network: nn.Module) -> int:
-    """Of the bits of all parameters and floating-point buffers: where one bit differs, so does this."""
+    """A checksum of the bits of all parameters and floating-point buffers: if one bit differs, so does it."""
     tensors = [t.detach().reshape(-1) for t in (*network.parameters(), *network.buffers()) if t.is_floating_point()]
     flat = torch.cat(tensors)
     bits = flat.view(torch.int64 if flat.element_size() == 8 else torch.int32).to(torch.int64)
-    return (bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum().item()  # wraps around, which is well
+    return (bits * (2 * torch.arange(len(bits), device=bits.device) + 1)).sum().item()  # overflow is intended
 
 
 def _packed(value) -> Tensor:

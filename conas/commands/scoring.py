@@ -46,9 +46,10 @@ def predict_all(networks: Sequence[nn.Module], images: ImageSet, batch_size: int
     """The logits of several networks, each as of `predict`, from one pass over the images."""
     networks = [prepared(network.to(device)) for network in networks]
     indices = torch.arange(len(images)) if indices is None else indices
-    own = indices[distributed.part(len(indices))]
+    own = indices[distributed.rank_slice(len(indices))]
     batches = tqdm(images.batches(batch_size, device, own, workers, crop) if len(own) else (), desc="images",
-                   unit="batch", delay=3, total=-(-len(own) // batch_size), leave=False, disable=distributed.quiet())
+                   unit="batch", delay=3, total=-(-len(own) // batch_size), leave=False,
+                   disable=distributed.tqdm_disable())
     if device.type == "cuda" and len(own) >= MIN_BATCHES_FOR_GRAPH * batch_size:
         memory = torch.cuda.graph_pool_handle()  # one for all: they take turns
         networks = [ReplayedForward(network, device, partial(capture, pool=memory)) for network in networks]
@@ -175,7 +176,7 @@ class ScoringJob:
                 scores.checkpoint_sha256, scores.space) == (self.digest, self.space.name)
             return vars(scores) if fits else None
 
-        fields = distributed.from_first(kept)
+        fields = distributed.from_rank0(kept)
         return Scores(**fields) if fields else None
 
     def load(self, options: TestOptions) -> tuple:
@@ -186,7 +187,7 @@ class ScoringJob:
         about = self.checkpoint["dataset"]
         if self.split == "valid" and not {"train_portion", "split_seed"} <= about.keys():
             raise NothingHeldOut(f"{self.path}: does not say which training images were held out; train again")
-        self.images = distributed.in_turn(
+        self.images = distributed.local_rank0_first(
             lambda: load_images(self.path, about, options.data, "test" if self.split == "test" else "train",
                                 options.skip_bad_images))
         self.indices, self.crop, self.fingerprint = None, about.get("crop"), self.images.fingerprint

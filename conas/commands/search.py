@@ -68,7 +68,7 @@ def weight_step(network: Supernet, optimizer: torch.optim.Optimizer, batch: Batc
     w = network.flat().detach().requires_grad_()
     with constant_alphas(network), torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         logits = network.with_weights(images, w)
-        loss = distributed.weighed(cross_entropy(logits, labels), len(labels))
+        loss = distributed.scaled_by_count(cross_entropy(logits, labels), len(labels))
     loss.backward(inputs=[w])
     weights = network.packing()
     for p, part in zip(weights, w.grad.split([p.numel() for p in weights])):

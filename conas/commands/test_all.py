@@ -43,7 +43,7 @@ class ScoredRun:
     def checkpoints(self) -> Iterator[tuple[int, Path]]:
         """Epochs and checkpoints, in order. Raises InputError if the run has none."""
         yield from tqdm(list_checkpoints(self.folder).items(), desc=self.folder.name, unit="checkpoint",
-                        disable=distributed.quiet())
+                        disable=distributed.tqdm_disable())
 
     def scores(self, path: Path) -> Scores:
         """Logits and labels of all test images: computed and stored, or read if stored for this very checkpoint."""

@@ -232,9 +232,9 @@ def train_step(forward: nn.Module, optimizer: torch.optim.Optimizer, batch: tupl
         if auxiliary is not None:
             total = loss + auxiliary_weight * cross_entropy(auxiliary, labels, label_smoothing=recipe.label_smooth)
     optimizer.zero_grad(set_to_none=True)
-    distributed.weighed(total, len(labels)).backward()
+    distributed.scaled_by_count(total, len(labels)).backward()
     hits = is_right(logits, labels).sum()
-    loss, hits = distributed.after_backward(forward, optimizer, distributed.weighed(loss, len(labels)), hits,
+    loss, hits = distributed.after_backward(forward, optimizer, distributed.scaled_by_count(loss, len(labels)), hits,
                                             len(labels))
     return descend(optimizer, loss, recipe.grad_clip, before), hits
 

@@ -11,7 +11,7 @@ def training_images(data: DataOptions, suffixes: Sequence[str], image_size: int 
 
     Several processes call it alike, and nothing is downloaded twice. Raises InputError as `load` does.
     """
-    return distributed.in_turn(
+    return distributed.local_rank0_first(
         lambda: load(data.dataset, data.data, "train", image_size=image_size, subset=data.subset,
                      skip_bad_images=data.skip_bad_images, suffixes=suffixes, resize=data.resize,
                      follow_links=data.follow_links))

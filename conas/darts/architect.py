@@ -107,19 +107,19 @@ class Bilevel:
         """grad_w L(w, a) on `batch`."""
         w = w.detach().requires_grad_()
         with constant_alphas(self.network):
-            (gradient,) = distributed.averaged(torch.autograd.grad(self._loss(batch, w), [w]), self.count(batch))
+            (gradient,) = distributed.all_reduce_mean(torch.autograd.grad(self._loss(batch, w), [w]), self.count(batch))
         return gradient
 
     def grad_alpha(self, batch: Batch, w: Tensor) -> Tensor:
         """grad_a L(w, a) on `batch`; no gradient of the weights is computed."""
         gradient = _flatten(torch.autograd.grad(self._loss(batch, w.detach()), self._alphas))
-        return distributed.averaged([gradient], self.count(batch))[0]
+        return distributed.all_reduce_mean([gradient], self.count(batch))[0]
 
     def grad_alpha_and_weights(self, batch: Batch, w: Tensor) -> tuple[Tensor, Tensor]:
         """grad_a L(w, a) and grad_w L(w, a) on `batch`, in one pass."""
         w = w.detach().requires_grad_()
         *alphas, weights = torch.autograd.grad(self._loss(batch, w), [*self._alphas, w])
-        alphas, weights = distributed.averaged([_flatten(alphas), weights], self.count(batch))
+        alphas, weights = distributed.all_reduce_mean([_flatten(alphas), weights], self.count(batch))
         return alphas, weights
 
     def hessian_vector(self, batch: Batch, w: Tensor, d: Tensor) -> Tensor:
@@ -139,7 +139,7 @@ class Bilevel:
         with by_definition(self.network):  # an engine's gradients are no graph
             (gradient,) = torch.autograd.grad(self._loss(batch, w), [w], create_graph=True)
             product = _flatten(torch.autograd.grad(gradient, self._alphas, d))
-        (product,) = distributed.averaged([product], self.count(batch))
+        (product,) = distributed.all_reduce_mean([product], self.count(batch))
         return product
 
     @contextmanager
@@ -157,9 +157,10 @@ class Bilevel:
         return self.loss(batch, w)
 
     def loss(self, batch: Batch, w: Tensor) -> Tensor:
-        """L(w, a) on `batch` with the weights in the flat vector `w`: the mean cross-entropy in nats, `weighed`."""
+        """L(w, a) on `batch` with the weights in the flat vector `w`: mean cross-entropy in nats, `scaled_by_count`."""
         images, labels = batch
-        return distributed.weighed(cross_entropy(self.network.with_weights(images, w), labels), self.count(batch))
+        loss = cross_entropy(self.network.with_weights(images, w), labels)
+        return distributed.scaled_by_count(loss, self.count(batch))
 
     def count(self, batch: Batch) -> int:
         """What the mean in `loss` is over: the images of `batch` that this process has."""

@@ -58,7 +58,7 @@ def drop_path_scales(edges: int, x: Tensor, drop_path_prob: float, images: int |
     processes have together (default: N); drawn for all, the numbers are those of a process alone.
     """
     keep, images = 1 - drop_path_prob, images or len(x)
-    kept = torch.rand(edges, images, 1, 1, 1, device=x.device)[:, distributed.part(images)] < keep
+    kept = torch.rand(edges, images, 1, 1, 1, device=x.device)[:, distributed.rank_slice(images)] < keep
     return kept.to(x.dtype) / keep
 
 

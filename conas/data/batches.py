@@ -76,13 +76,13 @@ class Stream:
         call it once and take from it as long as the run lasts.
         """
         mean, std = self.images.info.moments(self.device)
-        own = (batch[distributed.part(len(batch))] for batch in self._index_batches(start))
+        own = (batch[distributed.rank_slice(len(batch))] for batch in self._index_batches(start))
         images = self.images.gather(own, self.device, self.workers)
         for step, (x, y) in zip(count(start), images):
             if self.augment:
                 size = self.size(step)
                 draws = draw(size, self.crop or x.shape[-1], generator(self.seed, self.name, "augmentation", step))
-                draws = draws[distributed.part(size)].to(self.device, non_blocking=True)
+                draws = draws[distributed.rank_slice(size)].to(self.device, non_blocking=True)
                 x = self._photographs(x, step) if self.crop else crop_and_flip(x, draws, self.flip)
             x = normalise(x, mean, std)
             if self.augment and self.cutout_length:
@@ -93,7 +93,7 @@ class Stream:
         numbers = generator(self.seed, self.name, "photographs", step)
         size = self.size(step)
         draws = photographs.draw(size, x.shape[-1], self.flip, numbers)
-        draws = draws.of(distributed.part(size)).to(self.device)
+        draws = draws.of(distributed.rank_slice(size)).to(self.device)
         return photographs.jitter(photographs.crop_and_resize(x, draws, self.crop), draws)
 
     def order(self, epoch: int) -> Tensor:

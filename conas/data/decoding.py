@@ -52,7 +52,7 @@ def decode_all(decode: Callable[[int], Tensor], count: int, image_size: int, fil
     threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     size = max(1, min(CHUNK, CHUNK_BYTES // (3 * image_size**2), count // (AHEAD * threads)))
     bar = tqdm(total=count, desc=title, leave=False, delay=2, unit="image",
-               disable=True if title is None else distributed.quiet())
+               disable=True if title is None else distributed.tqdm_disable())
     with quiet_decoders(), bar:
         fast = _same_as_pillow(files, image_size, decode) if files is not None and count >= MANY else None
 

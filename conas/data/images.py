@@ -250,7 +250,7 @@ def _hold(images: Tensor | ImageFiles, info: DataInfo, skip: bool) -> tuple[Tens
 @cache
 def _say_once(text: str) -> None:
     """Print a line on stderr, if no process of this run has done so before: both splits may be of one folder."""
-    if distributed.says_it_first(text):
+    if distributed.first_to_report(text):
         print(one_line(text), file=sys.stderr)
 
 

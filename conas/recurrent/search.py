@@ -51,7 +51,7 @@ class SearchRun(Loop):
 
     def __init__(self, folder: Path, network: type[RecurrentSupernet], architect: type[LanguageBilevel],
                  description: str = "", argv: list[str] | None = None):
-        distributed.refuse("rnn/train_search.py")
+        distributed.require_single_process("rnn/train_search.py")
         text, units, rates, sgd, alphas, options, keep = parse(description, SEARCH_GROUPS, argv)
         check_units(units)
         self.space = Space(folder.name, folder, network)

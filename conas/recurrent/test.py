@@ -83,7 +83,7 @@ def is_pickled(path: Path) -> bool:
 def main(folder: Path, supernet: type[RecurrentSupernet], module, description: str, argv: list[str] | None = None
          ) -> None:
     """The command `python test.py` of `folder`, whose `genotypes.py` is `module`."""
-    distributed.refuse("rnn/test.py")
+    distributed.require_single_process("rnn/test.py")
     (options,) = parse(description, [LanguageTestOptions], argv)
     if options.export and options.export.endswith(checkpoints.SAFETENSORS):
         checkpoints.check_export(options.export)

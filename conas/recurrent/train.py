@@ -101,7 +101,7 @@ class TrainRun(Loop):
     optimizer: torch.optim.SGD
 
     def __init__(self, folder: Path, module: ModuleType, description: str = "", argv: list[str] | None = None):
-        distributed.refuse("rnn/train.py")
+        distributed.require_single_process("rnn/train.py")
         text, units, rates, sgd, options, keep = parse(description, TRAIN_GROUPS, argv)
         check_units(units)
         self.space = Space(folder.name, folder)

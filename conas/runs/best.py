@@ -77,5 +77,5 @@ def mend_best(run: Run, metrics: list[dict], last: dict | None = None) -> None:
             checkpoints.save(path, checkpoint)
         return lost
 
-    for epoch in distributed.from_first(mend):
+    for epoch in distributed.from_rank0(mend):
         metrics[epoch]["lost"] = True

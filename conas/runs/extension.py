@@ -61,7 +61,7 @@ def stretches_of(folder: Path, arguments: dict, following: int) -> tuple[Stretch
             text = f"extended from {before} to {now} epochs: from epoch {following} on in a new stretch"
         return tuple((first, end) for first, end in parts), text
 
-    parts, text = distributed.from_first(find)
+    parts, text = distributed.from_rank0(find)
     return Stretches(parts), text
 
 

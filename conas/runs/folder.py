@@ -52,7 +52,7 @@ class Run:
     def __enter__(self) -> "Run":
         distributed.check_equal("flags", {k: Path(v).name if k in PATHS and v else v
                                           for k, v in self.arguments.items() if k not in OF_A_MACHINE})
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             if distributed.rank() == 0:
                 self._take()
         return self
@@ -120,7 +120,7 @@ class Run:
 
 def begun_with(folder: Path) -> dict:
     """`read_arguments` of the first process, on all; {} before the run's first start."""
-    return distributed.from_first(lambda: read_arguments(folder) if (folder / "args.json").exists() else {})
+    return distributed.from_rank0(lambda: read_arguments(folder) if (folder / "args.json").exists() else {})
 
 
 def read_arguments(folder: Path) -> dict:
@@ -175,7 +175,7 @@ def suffixes_of(folder: Path) -> list[str]:
             raise InputError(f"{folder / 'args.json'}: damaged; its suffixes are not a list of texts")
         return found
 
-    return distributed.from_first(find)
+    return distributed.from_rank0(find)
 
 
 def _differences(folder: Path, before: dict, now: dict, may_extend: bool) -> str:

@@ -27,11 +27,11 @@ def check_data(folder: Path, data: DataOptions, suffixes: Sequence[str] | None =
     In a run that began before there was --test_subset, --subset holds for both splits. Raises InputError for a test
     split that is missing or damaged, or smaller than --test_subset.
     """
-    _, images = distributed.from_first(lambda: survey(data.dataset, data.data, "test", suffixes, data.follow_links))
+    _, images = distributed.from_rank0(lambda: survey(data.dataset, data.data, "test", suffixes, data.follow_links))
     if data.test_subset is not None and data.test_subset > images:
         raise InputError(f"--test_subset {data.test_subset}: the test split of {data.dataset} has {images} images; "
                          "choose at most as many")
-    old = distributed.from_first(lambda: predates(folder, "test_subset"))
+    old = distributed.from_rank0(lambda: predates(folder, "test_subset"))
     return replace(data, data=str(Path(data.data).expanduser().absolute()),
                    test_subset=data.subset if old and data.test_subset is None else data.test_subset)
 
@@ -42,7 +42,7 @@ def check_outputs(folder: Path) -> None:
         for part in PARTS:
             check_writable(folder / part / "file")
 
-    distributed.from_first(check)
+    distributed.from_rank0(check)
 
 
 def check_space(folder: Path, network: nn.Module, checkpoints: int) -> None:
@@ -62,7 +62,7 @@ def check_space(folder: Path, network: nn.Module, checkpoints: int) -> None:
                              f"{_amount(needed)}, but the disk has {_amount(free)} left; free some, or link the folder "
                              "to another disk")
 
-    distributed.from_first(check)
+    distributed.from_rank0(check)
 
 
 def _amount(size: float) -> str:

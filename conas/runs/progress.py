@@ -41,7 +41,7 @@ class Course:
 
     def __iter__(self) -> Iterator[int]:
         self._bar = tqdm(initial=self.step, total=self.stream.steps, desc=self.title, leave=False,
-                         disable=distributed.quiet())
+                         disable=distributed.tqdm_disable())
         with self._bar:
             while self.step < self.stream.steps:
                 yield self.step

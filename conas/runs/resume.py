@@ -68,7 +68,7 @@ class Keeper:
         training images are not those of the run's earlier steps.
         """
         distributed.check_equal("training images", about["fingerprint"])
-        state = distributed.from_first(self._read)
+        state = distributed.from_rank0(self._read)
         if state is None:
             return None
         if state["dataset"]["fingerprint"] != about["fingerprint"]:
@@ -125,7 +125,7 @@ class Keeper:
     def after_step(self, state: Callable[[], dict]) -> None:
         """Write the state if it is time to. Raises Stopped, with the state written, if somebody wants to stop."""
         due = time.monotonic() - self._saved >= 60 * self.minutes
-        wish, due = distributed.highest(self._wish or 0, due)
+        wish, due = distributed.all_reduce_max(self._wish or 0, due)
         if wish:
             self._stop(wish, state)
         if due:

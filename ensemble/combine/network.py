@@ -1,6 +1,6 @@
 """The committee as one module, from uint8 images to probabilities: what predictions and exports run.
 
-It is the committee of `committee-NAME/committee.json`, as test_ensemble.py chose, weighed and calibrated it.
+It is the committee of `committee-NAME/committee.json`, as test_ensemble.py chose, weighted and calibrated it.
 Shape suffixes: M members, B images, C classes.
 """
 import math

@@ -106,7 +106,7 @@ def measure_shift(pool: Mapping[str, tuple[Space, Path]], committee: Committee, 
     source = find_source(images, find_data(path, about["root"], options.data))
 
     curves = {name: {} for name in [*members, "committee"]}
-    for corruption in tqdm(source.names, desc="corruptions", leave=False, disable=distributed.quiet()):
+    for corruption in tqdm(source.names, desc="corruptions", leave=False, disable=distributed.tqdm_disable()):
         scores = _scores(corruption, source, images, members, pool, committee, options, device)
         corrupted = Committee(scores, **committee.settings)
         for name, probabilities in [*((name, metrics.softmax(s.logits)) for name, s in scores.items()),
@@ -141,7 +141,7 @@ def _scores(corruption: str, source, images: ImageSet, members: Mapping, pool: M
         return {name: vars(s) for name, s in scores.items() if not s.changed and (
             s.checkpoint_sha256, s.fingerprint) == (committee.members[name].checkpoint_sha256, fingerprint)}
 
-    found = {name: Scores(**fields) for name, fields in distributed.from_first(kept).items()}
+    found = {name: Scores(**fields) for name, fields in distributed.from_rank0(kept).items()}
     missing = {name: [] for name in pool if name not in found}
     for severity in SEVERITIES if missing else ():
         for x in source.blocks(corruption, severity):

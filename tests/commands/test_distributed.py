@@ -82,7 +82,7 @@ def test_all_ranks_are_equal_after_every_step(both, run):
 
 
 def test_without_sync_bn_each_rank_normalises_by_its_own_images(both):
-    """The gradient and the running statistics are means of those of both parts, weighed by their images."""
+    """The gradient and the running statistics are means of those of both parts, weighted by their numbers of images."""
     torch.manual_seed(0)
     network, expected = ranks.Everything(C=1, layers=3).double(), {"gradient 0": 0, "loss 0": 0}
     assert accelerate(network)  # for its order of the flat gradient; `network(x)` below is the definition
@@ -129,7 +129,7 @@ def test_parts_are_those_of_tensor_split(monkeypatch, size):
     for count in (0, 1, 2, 15, 16):
         for rank, expected in enumerate(torch.arange(count).tensor_split(size)):
             monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
-            assert torch.equal(torch.arange(count)[distributed.part(count)], expected)
+            assert torch.equal(torch.arange(count)[distributed.rank_slice(count)], expected)
 
 
 @pytest.mark.parametrize("crop", [None, 20])

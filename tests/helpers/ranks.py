@@ -53,7 +53,7 @@ def batch(images: int, step: int, own: slice | None = None) -> Batch:
     random = torch.Generator().manual_seed(step)
     x = torch.randn(images, 3, 8, 8, dtype=torch.float64, generator=random)
     y = torch.randint(10, (images,), generator=random)
-    own = distributed.part(images) if own is None else own
+    own = distributed.rank_slice(images) if own is None else own
     return x[own], y[own]
 
 
@@ -119,7 +119,7 @@ def agreement() -> dict[str, str]:
         return f"done by {rank}"
 
     def one_fails():
-        with distributed.together():
+        with distributed.raise_on_all_ranks():
             failing(1)
 
     torch.manual_seed(0)
@@ -131,11 +131,11 @@ def agreement() -> dict[str, str]:
     broken = complaint(lambda: distributed.check_network("weights", network))
     return {
         "gather": str(distributed.gather({"rank": rank, "values": torch.arange(rank * 3).tolist()})),
-        "first": distributed.from_first(lambda: failing(5)), "first fails": complaint(
-            lambda: distributed.from_first(lambda: failing(0))), "one fails": complaint(one_fails),
-        "in turn": complaint(lambda: distributed.in_turn(lambda: failing(1))),
-        "highest": str(distributed.highest(rank, 7 - rank)), "total": str(distributed.total(rank + 3)),
-        "said first": str(sum(distributed.gather(distributed.says_it_first("a")))),
+        "first": distributed.from_rank0(lambda: failing(5)), "first fails": complaint(
+            lambda: distributed.from_rank0(lambda: failing(0))), "one fails": complaint(one_fails),
+        "in turn": complaint(lambda: distributed.local_rank0_first(lambda: failing(1))),
+        "highest": str(distributed.all_reduce_max(rank, 7 - rank)), "total": str(distributed.total(rank + 3)),
+        "said first": str(sum(distributed.gather(distributed.first_to_report("a")))),
         "sound": sound, "broken": broken,
     }
 
