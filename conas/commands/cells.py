@@ -47,7 +47,7 @@ def check_operations(genotype: Genotype, where: str, primitives: Sequence[str]) 
 
 
 @dataclass
-class Origin:
+class PretrainedWeights:
     """Weights that were trained elsewhere, and the checkpoint that describes them; published files have none."""
 
     path: str
@@ -61,27 +61,27 @@ class Origin:
         return self.checkpoint and genotypes.from_json(self.checkpoint["genotype"], self.path, self.operations)
 
 
-def open_origin(path: str, operations: Mapping[str, Callable] = OPERATIONS) -> Origin:
+def load_pretrained(path: str, operations: Mapping[str, Callable] = OPERATIONS) -> PretrainedWeights:
     """The weights in a checkpoint of train.py, a .safetensors file or a published file."""
     content = checkpoints.read(path)
     if not checkpoints.is_ours(content):
-        return Origin(path, checkpoints.published_state(path, content), None)
+        return PretrainedWeights(path, checkpoints.published_state(path, content), None)
     checkpoint = checkpoints.check(path, content)
     checkpoints.restore_derived(path, checkpoint, operations)
-    return Origin(path, checkpoint["state"], checkpoint, operations)
+    return PretrainedWeights(path, checkpoint["state"], checkpoint, operations)
 
 
 def choose_cells(space: Space, primitives: Sequence[str], named: Mapping[str, object], shape: NetworkOptions,
-                 origin: Origin | None) -> tuple[Genotype, str]:
+                 pretrained: PretrainedWeights | None) -> tuple[Genotype, str]:
     """The cells to train, and where they come from in words. Raises InputError for those that may not be trained."""
-    there = origin.genotype if origin else None
+    there = pretrained.genotype if pretrained else None
     if shape.arch is not None:
         (genotype, read_from), where = find_cell(shape.arch, named, operations=space.operations), f"--arch {shape.arch}"
         if there is not None and genotypes.to_json(there) != genotypes.to_json(genotype):
-            raise InputError(f"--init_from {origin.path}: was trained with other cells than {where}; without --arch, "
-                             "its own are taken")
+            raise InputError(f"--init_from {pretrained.path}: was trained with other cells than {where}; without "
+                             "--arch, its own are taken")
     elif there is not None:
-        genotype, where = there, origin.path
+        genotype, where = there, pretrained.path
     else:
         genotype, path = found_genotype(space, folder_name(shape.search, "--search"))
         where = path.relative_to(space.folder).as_posix()
@@ -90,17 +90,17 @@ def choose_cells(space: Space, primitives: Sequence[str], named: Mapping[str, ob
     return genotype, f"{where} ({read_from})" if shape.arch is not None else where
 
 
-def fill_in(data: DataOptions, shape: NetworkOptions, recipe: RecipeOptions, origin: Origin | None
-            ) -> tuple[DataOptions, NetworkOptions, RecipeOptions]:
-    """The options with all that was left open decided by the data, the recipe and the network to begin from."""
+def resolve_defaults(data: DataOptions, shape: NetworkOptions, recipe: RecipeOptions,
+                     pretrained: PretrainedWeights | None) -> tuple[DataOptions, NetworkOptions, RecipeOptions]:
+    """The options with all that was left open decided by the data, the recipe and the pretrained network."""
     size = data.image_size or DATASETS[data.dataset].image_size
     kind = shape.recipe or ("imagenet" if data.dataset in PHOTOGRAPHS and size >= 128 else "cifar")
     defaults = dict(RECIPES[kind])
-    if origin and origin.checkpoint:
-        there = origin.checkpoint["network"]
+    if pretrained and pretrained.checkpoint:
+        there = pretrained.checkpoint["network"]
         if there["kind"] != kind:
-            raise InputError(f"--init_from {origin.path}: is a network of the recipe {there['kind']}, but this would "
-                             f"be one of {kind}; give --recipe {there['kind']}, or begin from another")
+            raise InputError(f"--init_from {pretrained.path}: is a network of the recipe {there['kind']}, but this "
+                             f"would be one of {kind}; give --recipe {there['kind']}, or begin from another")
         defaults |= {"init_channels": there["C"], "layers": there["layers"]}
     shape, recipe = (replace(group, **{k: v for k, v in defaults.items() if getattr(group, k, "absent") is None})
                      for group in (shape, recipe))
@@ -119,32 +119,32 @@ def build(recipe: str, C: int, layers: int, auxiliary: bool, info: DataInfo, ima
     return NetworkImageNet(C, info.num_classes, layers, auxiliary, genotype, image_size, operations)
 
 
-def begin_from(network: DerivedNetwork, origin: Origin) -> str:
+def init_from_pretrained(network: DerivedNetwork, pretrained: PretrainedWeights) -> str:
     """Load all weights that fit, and say what was not loaded.
 
     Only the stem's first convolution, for other channels, and the classifiers, for other classes, may not fit. Raises
     InputError if more does not.
     """
     own = network.state_dict()
-    fits = {name for name in own.keys() & origin.state.keys() if own[name].shape == origin.state[name].shape}
+    fits = {name for name in own.keys() & pretrained.state.keys() if own[name].shape == pretrained.state[name].shape}
     new = [name for name in own if name not in fits and not name.endswith("num_batches_tracked")]
-    unused = [name for name in origin.state if name not in fits]
+    unused = [name for name in pretrained.state if name not in fits]
     if wrong := [name for name in [*new, *unused] if not name.startswith(REPLACEABLE)]:
-        differ = differences({name: t for name, t in origin.state.items() if not name.startswith(REPLACEABLE)},
+        differ = differences({name: t for name, t in pretrained.state.items() if not name.startswith(REPLACEABLE)},
                              {name: t for name, t in own.items() if not name.startswith(REPLACEABLE)})
-        raise InputError(f"--init_from {origin.path}: is a network of other cells, or of another --init_channels or "
-                         f"--layers; {len(set(wrong))} tensors do not fit, {differ}")
-    network.load_state_dict({name: origin.state[name] for name in fits}, strict=False)
-    return (f"{len(fits)} tensors loaded from {origin.path}; initialised anew: {_modules(new)}; "
+        raise InputError(f"--init_from {pretrained.path}: is a network of other cells, or of another --init_channels "
+                         f"or --layers; {len(set(wrong))} tensors do not fit, {differ}")
+    network.load_state_dict({name: pretrained.state[name] for name in fits}, strict=False)
+    return (f"{len(fits)} tensors loaded from {pretrained.path}; newly initialised: {_modules(new)}; "
             f"there but not loaded: {_modules(unused)}")
 
 
-def seen_before(origin: Origin | None, about: dict) -> str:
-    """What to add to the log if an origin's weights may have been trained on images that a run holds out.
+def leakage_warning(pretrained: PretrainedWeights | None, about: dict) -> str:
+    """What to add to the log if pretrained weights may have been trained on images that a run holds out.
 
     `about` describes the images of the run, as its checkpoints do.
     """
-    there = origin.checkpoint["dataset"] if origin and origin.checkpoint else about
+    there = pretrained.checkpoint["dataset"] if pretrained and pretrained.checkpoint else about
     if about["train_portion"] == 1 or any(there[name] != about[name] for name in ("name", "classes")) or all(
             there.get(name) == about[name] for name in ("fingerprint", "train_portion", "split_seed")):
         return ""

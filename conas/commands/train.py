@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from conas import distributed
 from conas.cli import find_device, parse
-from conas.commands import cells as arch
+from conas.commands import cells
 from conas.commands.scoring import validate
 from conas.commands.training_data import describe_images, training_images
 from conas.darts import genotype as genotypes
@@ -75,9 +75,10 @@ class TrainRun(Loop):
         self.amp = find_precision(options.amp, self.device)
         if options.compile and processes.sync_bn and distributed.size() > 1:
             raise InputError("--compile: cannot compile what --sync_bn sends between processes; leave one of them out")
-        origin = arch.open_origin(shape.init_from, self.space.operations) if shape.init_from else None
-        genotype, self.where = arch.choose_cells(self.space, self.primitives, named_genotypes(module), shape, origin)
-        data, shape, recipe = arch.fill_in(data, shape, recipe, origin)
+        pretrained = cells.load_pretrained(shape.init_from, self.space.operations) if shape.init_from else None
+        genotype, self.where = cells.choose_cells(self.space, self.primitives, named_genotypes(module), shape,
+                                                  pretrained)
+        data, shape, recipe = cells.resolve_defaults(data, shape, recipe, pretrained)
         run_folder, self.code = self.space.train_folder(folder_name(options.save)), code.digests(folder, "train")
         suffixes = suffixes_of(run_folder)
         data = check_data(run_folder, data, suffixes)
@@ -88,7 +89,7 @@ class TrainRun(Loop):
         self.recipe, self.lr_scale, self.tells_time = recipe, processes.lr_scale, not options.compile
         self.frequency = options.checkpoint_freq or max(1, round(recipe.epochs / 50))
         self._read_images(data, shape, held_out)
-        self._build(shape, genotype, origin, processes)
+        self._build(shape, genotype, pretrained, processes)
         check_space(run_folder, self.network, -(-recipe.epochs // self.frequency) + 1)
 
     def _read_images(self, data: DataOptions, shape: NetworkOptions, held_out: HeldOutOptions) -> None:
@@ -103,14 +104,15 @@ class TrainRun(Loop):
         self.dataset_info = describe_images(self.images, data, flags.suffixes, 1 - held_out.valid_portion,
                                             held_out.split_seed) | {"crop": self.crop}
 
-    def _build(self, shape: NetworkOptions, genotype: Genotype, origin: arch.Origin | None, processes: ProcessOptions
-               ) -> None:
+    def _build(self, shape: NetworkOptions, genotype: Genotype, pretrained: cells.PretrainedWeights | None,
+               processes: ProcessOptions) -> None:
         flags = self.flags
         seed_generators(flags.seed)
-        network = arch.build(shape.recipe, shape.init_channels, shape.layers, shape.auxiliary, self.images.info,
-                             flags.image_size, genotype, self.space.operations)
-        self.initial = arch.begin_from(network, origin) if origin else "all weights initialised at random"
-        self.initial += arch.seen_before(origin, self.dataset_info)
+        network = cells.build(shape.recipe, shape.init_channels, shape.layers, shape.auxiliary, self.images.info,
+                              flags.image_size, genotype, self.space.operations)
+        self.initial = (cells.init_from_pretrained(network, pretrained) if pretrained else
+                        "all weights initialised at random")
+        self.initial += cells.leakage_warning(pretrained, self.dataset_info)
         network.drop_path_images = flags.batch_size
         use_exact_sums(accelerate_convolutions(network))
         if processes.sync_bn:

@@ -170,7 +170,7 @@ def test_a_run_is_never_overwritten(root):
 
 def test_defaults_follow_from_data_and_recipe():
     def filled(**data):
-        return arch.fill_in(DataOptions(**data), NetworkOptions(layers=7), RecipeOptions(epochs=3), None)
+        return arch.resolve_defaults(DataOptions(**data), NetworkOptions(layers=7), RecipeOptions(epochs=3), None)
 
     for data, recipe, size in (({"dataset": "imagenet"}, "imagenet", 224), ({"dataset": "cifar10"}, "cifar", 32),
                                ({"dataset": "imagenette", "image_size": 128}, "imagenet", 128),

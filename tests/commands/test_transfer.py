@@ -42,8 +42,8 @@ def network_like(trained, **change):
 def test_transfer_replaces_the_classifier_of_other_classes_and_says_so(trained):
     state, network = network_like(trained, num_classes=7)
     fresh = {name: tensor.clone() for name, tensor in network.state_dict().items()}
-    text = arch.begin_from(network, arch.open_origin(str(trained)))
-    new = "initialised anew: auxiliary_head.classifier, classifier; there but not loaded: "
+    text = arch.init_from_pretrained(network, arch.load_pretrained(str(trained)))
+    new = "newly initialised: auxiliary_head.classifier, classifier; there but not loaded: "
     assert f"{len(state) - 4} tensors loaded from {trained}" in text and new in text
     for name, tensor in network.state_dict().items():
         assert torch.equal(tensor, fresh[name] if "classifier" in name else state[name]), name
@@ -56,8 +56,8 @@ def test_transfer_replaces_the_classifier_of_other_classes_and_says_so(trained):
     ({"image_size": 32}, "nothing", "nothing"),
 ])
 def test_transfer_to_other_images(trained, change, new, unused):
-    text = arch.begin_from(network_like(trained, **change)[1], arch.open_origin(str(trained)))
-    assert f"initialised anew: {new}; there but not loaded: {unused}" in text
+    text = arch.init_from_pretrained(network_like(trained, **change)[1], arch.load_pretrained(str(trained)))
+    assert f"newly initialised: {new}; there but not loaded: {unused}" in text
 
 
 def test_transfer_through_the_script(trained, space):
@@ -141,7 +141,7 @@ def test_safetensors_round_trip(trained, tmp_path):
         assert json.loads(file.metadata()["genotype"]) == checkpoint["genotype"]
         assert json.loads(file.metadata()["arguments"])["init_channels"] == 2
         assert np.array_equal(file.get_tensor("classifier.bias"), checkpoint["state"]["classifier.bias"])
-    assert arch.open_origin(str(tmp_path / "w.safetensors")).genotype == DARTS
+    assert arch.load_pretrained(str(tmp_path / "w.safetensors")).genotype == DARTS
 
 
 def test_bad_safetensors(trained, tmp_path, monkeypatch):

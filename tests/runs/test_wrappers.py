@@ -69,7 +69,7 @@ def test_a_file_of_any_wrapper_is_the_bare_network(tmp_path, state, holder):
     torch.save({holder: state, "epoch": 3} if holder else state, path)
     loaded, _, _ = measure.open_published(path, checkpoints.read(path), PUBLISHED, OPTIONS, None)
     assert equal(loaded.state_dict(), network().state_dict())
-    assert equal(arch.open_origin(str(path)).state, network().state_dict())
+    assert equal(arch.load_pretrained(str(path)).state, network().state_dict())
 
 
 def test_a_safetensors_file_of_another_program(tmp_path, state):
@@ -117,7 +117,7 @@ def test_the_first_tensors_that_differ_are_named(tmp_path):
     with pytest.raises(InputError, match=r"missing: cells.0._ops.0.op.1.weight, classifier.bias; unexpected: extra.0"):
         measure.open_published("weights.pt", checkpoints.read(tmp_path / "weights.pt"), PUBLISHED, OPTIONS, None)
     with pytest.raises(InputError, match=r"missing: cells.0._ops.0.op.1.weight; unexpected: extra.0"):
-        arch.begin_from(network(), arch.Origin("weights.pt", state, None))
+        arch.init_from_pretrained(network(), arch.PretrainedWeights("weights.pt", state, None))
     checkpoint = checkpoints.describe(network(), space="cnn_space1", epoch=0, dataset=ABOUT, arguments={"seed": 0},
                                       primitives=["skip_connect"]) | {"state": state}
     with pytest.raises(InputError, match=r"do not fit its own description .missing: cells.0"):
