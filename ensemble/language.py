@@ -26,18 +26,18 @@ def open_members(paths: Mapping[str, Path], data: str | None) -> tuple[dict[str,
 
     Raises InputError naming a member that was trained on another corpus than the first.
     """
-    members, first, about, roots = {}, None, None, {}
+    members, first, dataset_info, roots = {}, None, None, {}
     for name, path in paths.items():
         checkpoint = checkpoints.load(path)
         members[name] = restore(path, checkpoint)
-        if about is None:
-            first, about = name, checkpoint["dataset"]
-        if checkpoint["dataset"]["fingerprint"] != about["fingerprint"]:
+        if dataset_info is None:
+            first, dataset_info = name, checkpoint["dataset"]
+        if checkpoint["dataset"]["fingerprint"] != dataset_info["fingerprint"]:
             raise InputError(f"{first} and {name} were trained on different texts, and cannot be combined; choose "
                              "other members with --members")
         roots[path] = checkpoint["dataset"]["root"]
-    corpus = load_corpus(about["name"], find_data(paths[first], about["root"], data))
-    if corpus.fingerprint != about["fingerprint"]:
+    corpus = load_corpus(dataset_info["name"], find_data(paths[first], dataset_info["root"], data))
+    if corpus.fingerprint != dataset_info["fingerprint"]:
         raise InputError(f"{corpus.folder}: its text is not the one that the members were trained on; restore it, or "
                          "name another folder with --data")
     for path, root in roots.items() if data else ():

@@ -117,9 +117,9 @@ def network_cost(space: Space, path: Path) -> dict[str, int]:
     """Parameters of the network in a checkpoint, and flops (two for each multiplication and addition) of an image."""
     checkpoint = load(path)
     network = restore(path, checkpoint, space.name, space.network, folder=space.folder).eval()
-    about = checkpoint["dataset"]
-    channels = DATASETS[about["name"]].channels
-    side = about.get("crop") or about["image_size"]
+    dataset_info = checkpoint["dataset"]
+    channels = DATASETS[dataset_info["name"]].channels
+    side = dataset_info.get("crop") or dataset_info["image_size"]
     with torch.inference_mode(), FlopCounterMode(display=False) as counter:
         network(torch.zeros(1, channels, side, side))
     return {"parameters": sum(p.numel() for p in network.parameters()), "flops": counter.get_total_flops()}

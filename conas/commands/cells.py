@@ -139,14 +139,15 @@ def init_from_pretrained(network: DerivedNetwork, pretrained: PretrainedWeights)
             f"there but not loaded: {_modules(unused)}")
 
 
-def leakage_warning(pretrained: PretrainedWeights | None, about: dict) -> str:
+def leakage_warning(pretrained: PretrainedWeights | None, dataset_info: dict) -> str:
     """What to add to the log if pretrained weights may have been trained on images that a run holds out.
 
-    `about` describes the images of the run, as its checkpoints do.
+    `dataset_info` describes the images of the run, as its checkpoints do.
     """
-    there = pretrained.checkpoint["dataset"] if pretrained and pretrained.checkpoint else about
-    if about["train_portion"] == 1 or any(there[name] != about[name] for name in ("name", "classes")) or all(
-            there.get(name) == about[name] for name in ("fingerprint", "train_portion", "split_seed")):
+    there = pretrained.checkpoint["dataset"] if pretrained and pretrained.checkpoint else dataset_info
+    same = {name: there.get(name) == dataset_info[name] for name in dataset_info}
+    if dataset_info["train_portion"] == 1 or not (same["name"] and same["classes"]) or (
+            same["fingerprint"] and same["train_portion"] and same["split_seed"]):
         return ""
     return ("; it was trained on another part of this data set, or the set has changed since, so that it may have seen "
             "images that are held out now, and their figures may flatter")

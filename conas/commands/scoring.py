@@ -69,50 +69,52 @@ def validate(network: nn.Module, images: ImageSet, indices: Tensor, device: torc
 _load = lru_cache(maxsize=2)(load)  # all checkpoints of a run are tested on the same images
 
 
-def load_images(path: Path, about: dict, data: str | None, split: str, skip_bad_images: bool = False) -> ImageSet:
+def load_images(path: Path, dataset_info: dict, data: str | None, split: str, skip_bad_images: bool = False
+                ) -> ImageSet:
     """A split of the data set that the checkpoint at `path` describes; `data` is where it is now, if it was moved.
 
     If they are found no longer where the run had them, its folder then says where `data` is. Raises InputError if it
     has other classes than the network knows, or if its training images have changed since, where that matters: for the
     training split, and for test images that were set aside from the same folder.
     """
-    alone = about["name"] == "digits"
-    root = Path(data or about["root"]) if alone else find_data(path, about["root"], data)
-    skip = skip_bad_images or about.get("skip_bad_images", False)
-    load_part = partial(_load, about["name"], root, image_size=about["image_size"], skip_bad_images=skip,
-                        suffixes=_suffixes(about), resize=about.get("resize", "crop"),
-                        follow_links=about.get("follow_links", False))
-    images = load_part(split, subset=_subset(about, root, split))
-    if list(images.info.classes) != about["classes"]:
+    alone = dataset_info["name"] == "digits"
+    root = Path(data or dataset_info["root"]) if alone else find_data(path, dataset_info["root"], data)
+    skip = skip_bad_images or dataset_info.get("skip_bad_images", False)
+    load_part = partial(_load, dataset_info["name"], root, image_size=dataset_info["image_size"], skip_bad_images=skip,
+                        suffixes=_suffixes(dataset_info), resize=dataset_info.get("resize", "crop"),
+                        follow_links=dataset_info.get("follow_links", False))
+    images = load_part(split, subset=_subset(dataset_info, root, split))
+    if list(images.info.classes) != dataset_info["classes"]:
         raise InputError(f"{root}: has the classes {', '.join(images.info.classes)}, but {path} was trained on "
-                         f"{', '.join(about['classes'])}; name the right folder with --data")
-    if split == "train" or is_split_here(about["name"], root, about.get("follow_links", False)):
-        trained = images if split == "train" else load_part("train", subset=_subset(about, root, "train"))
-        if trained.fingerprint != about["fingerprint"]:
+                         f"{', '.join(dataset_info['classes'])}; name the right folder with --data")
+    if split == "train" or is_split_here(dataset_info["name"], root, dataset_info.get("follow_links", False)):
+        trained = images if split == "train" else load_part("train", subset=_subset(dataset_info, root, "train"))
+        if trained.fingerprint != dataset_info["fingerprint"]:
             raise InputError(f"{root}: its training images have changed since {path} was trained on them (or another "
                              "version of Pillow decodes them), so nobody knows which images it has not seen; restore "
                              "them, or name their folder with --data")
     if data and not alone:
-        remember_data(path.absolute().parent.parent, about["root"], root)
+        remember_data(path.absolute().parent.parent, dataset_info["root"], root)
     return images
 
 
-def _suffixes(about: dict) -> tuple[str, ...]:
+def _suffixes(dataset_info: dict) -> tuple[str, ...]:
     """Of the files that were images when the checkpoint was made, so that no image changes its split."""
-    return tuple(about.get("suffixes", EARLIER))
+    return tuple(dataset_info.get("suffixes", EARLIER))
 
 
-def _subset(about: dict, root: Path, split: str) -> int | None:
+def _subset(dataset_info: dict, root: Path, split: str) -> int | None:
     """How many images of a split a checkpoint means; None is all.
 
     Before there was --test_subset, --subset held for both splits.
     """
-    subset, test_subset = about["subset"], about.get("test_subset", about["subset"])
+    subset, test_subset = dataset_info["subset"], dataset_info.get("test_subset", dataset_info["subset"])
     if split == "train" or test_subset is None:
         return subset if split == "train" else None
     if test_subset != subset:
         return test_subset
-    return _common_subset(about["name"], root, subset, _suffixes(about), about.get("follow_links", False))
+    return _common_subset(dataset_info["name"], root, subset, _suffixes(dataset_info),
+                          dataset_info.get("follow_links", False))
 
 
 @lru_cache(maxsize=2)
@@ -184,16 +186,16 @@ class ScoringJob:
         self.checkpoint = checkpoints.load(self.path)
         self.network = checkpoints.restore(self.path, self.checkpoint, self.space.name, self.space.network,
                                            folder=self.space.folder)
-        about = self.checkpoint["dataset"]
-        if self.split == "valid" and not {"train_portion", "split_seed"} <= about.keys():
+        dataset_info = self.checkpoint["dataset"]
+        if self.split == "valid" and not {"train_portion", "split_seed"} <= dataset_info.keys():
             raise NothingHeldOut(f"{self.path}: does not say which training images were held out; train again")
         self.images = distributed.local_rank0_first(
-            lambda: load_images(self.path, about, options.data, "test" if self.split == "test" else "train",
+            lambda: load_images(self.path, dataset_info, options.data, "test" if self.split == "test" else "train",
                                 options.skip_bad_images))
-        self.indices, self.crop, self.fingerprint = None, about.get("crop"), self.images.fingerprint
+        self.indices, self.crop, self.fingerprint = None, dataset_info.get("crop"), self.images.fingerprint
         if self.split == "valid":
-            portions = [about["train_portion"], 1 - about["train_portion"]]
-            self.indices = stratified_split(self.images.labels, portions, about["split_seed"])[1]
+            portions = [dataset_info["train_portion"], 1 - dataset_info["train_portion"]]
+            self.indices = stratified_split(self.images.labels, portions, dataset_info["split_seed"])[1]
             if len(self.indices) == 0:
                 raise NothingHeldOut(f"{self.path}: its weights have seen all training images; train with "
                                      "--valid_portion above 0")

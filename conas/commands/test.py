@@ -190,8 +190,8 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
         raise InputError(f"--export {model.export}: not written, since "
                          f"{remark(figures['not_finite'], figures['images'])}; name another network with --model_path")
     if model.export and distributed.rank() == 0:
-        about = checkpoint["dataset"]
-        if about["name"] != "digits":  # the file may go elsewhere
-            checkpoint["dataset"] = about | {"root": str(find_data(path, about["root"], options.data))}
+        dataset_info = checkpoint["dataset"]
+        if dataset_info["name"] != "digits":  # the file may go elsewhere
+            checkpoint["dataset"] = dataset_info | {"root": str(find_data(path, dataset_info["root"], options.data))}
         checkpoints.export(model.export, checkpoint)
         print(f"written: {model.export}")

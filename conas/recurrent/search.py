@@ -71,7 +71,7 @@ class SearchRun(Loop):
         self.optimizer = weight_optimizer(self.network, sgd.lr, sgd.wdecay)
         self.architect = architect(self.network, self.optimizer, arch_learning_rate=alphas.arch_lr,
                                    arch_weight_decay=alphas.arch_wdecay, unrolled=alphas.unrolled, grad_clip=sgd.clip)
-        self.dataset_info = corpus.about()
+        self.dataset_info = corpus.dataset_info()
         check_space(run_folder, self.network, sgd.epochs)
 
     # What `iterate` calls.

@@ -122,7 +122,7 @@ def main(folder: Path, supernet: type[RecurrentSupernet], module, description: s
         print(note)
     if options.export:  # while the network is on the CPU
         checkpoint = checkpoint or checkpoints.describe(
-            network, space=folder.name, epoch=0, dataset=corpus.about(), arguments={"seed": 0},
+            network, space=folder.name, epoch=0, dataset=corpus.dataset_info(), arguments={"seed": 0},
             primitives=module.PRIMITIVES)
     elif published:
         print(f"to have it in a file that is safe to load: --model_path {path} --export {path.stem}-safe.pt")

@@ -62,7 +62,7 @@ class Corpus:
             digest.update(split.encode() + self.ids[split].numpy().tobytes())
         return digest.hexdigest()
 
-    def about(self) -> dict:
+    def dataset_info(self) -> dict:
         """What a checkpoint says of the corpus."""
         return {"name": self.name, "root": str(self.folder.absolute()), "classes": list(self.words),
                 "fingerprint": self.fingerprint}

@@ -119,7 +119,7 @@ class TrainRun(Loop):
         self.network = RecurrentNetwork(len(corpus.words), units.nhid, genotype).to(device)
         self.optimizer = weight_optimizer(self.network, sgd.lr, sgd.wdecay)
         self.average: Average | None = None  # of the weights, once ASGD has begun
-        self.dataset_info = corpus.about()
+        self.dataset_info = corpus.dataset_info()
         check_space(run_folder, self.network, 1)
 
     # What `iterate` calls.

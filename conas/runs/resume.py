@@ -61,20 +61,20 @@ class Keeper:
             raise KeyboardInterrupt
         self._wish = number
 
-    def load(self, about: dict) -> dict | None:
-        """The last whole state of the run, or None before the first; `about` describes the images now.
+    def load(self, dataset_info: dict) -> dict | None:
+        """The last whole state of the run, or None before the first; `dataset_info` describes the images now.
 
         Logs it if the space's code has changed since. Raises InputError if neither generation can be read, or if the
         training images are not those of the run's earlier steps.
         """
-        distributed.check_equal("training images", about["fingerprint"])
+        distributed.check_equal("training images", dataset_info["fingerprint"])
         state = distributed.from_rank0(self._read)
         if state is None:
             return None
-        if state["dataset"]["fingerprint"] != about["fingerprint"]:
+        if state["dataset"]["fingerprint"] != dataset_info["fingerprint"]:
             raise InputError(f"{self.path}: the training images have changed since this run began; restore them, "
                              "or give --save another name")
-        remember_data(self.run.folder, state["dataset"]["root"], about["root"])
+        remember_data(self.run.folder, state["dataset"]["root"], dataset_info["root"])
         if names := code.changes(self.run.folder.parent, state, resumed=True):
             self.run.log(code.sentence(self.run.folder.parent, self.path, names))
         return state
@@ -95,13 +95,13 @@ class Keeper:
             self.run.log(f"warning: {self.path} {reason}; the run goes on from the state before, {self.before}")
             return state
 
-    def resume(self, about: dict, put: Callable[[dict], None]) -> tuple[list[dict], dict | None]:
+    def resume(self, dataset_info: dict, put: Callable[[dict], None]) -> tuple[list[dict], dict | None]:
         """Go on from the last whole state of the run: `put` puts it into networks and optimizers.
 
         Returns the metrics of the epochs that are done, and the state if it is within another. Raises InputError as
         `load` does, and for a state that does not fit the run.
         """
-        state = self.load(about)
+        state = self.load(dataset_info)
         if state is None:
             self.run.extend(0)
             return [], None

@@ -71,20 +71,20 @@ def check(path: str | Path, checkpoint: dict) -> dict:
         _check_edges(path, checkpoint)
     if not is_state(checkpoint["state"]):
         raise InputError(f"{path}: its field 'state' holds more than tensors by name; replace it with an intact copy")
-    about, network = checkpoint["dataset"], checkpoint["network"]
+    dataset_info, network = checkpoint["dataset"], checkpoint["network"]
     if "words" in network:
         return _check_language(path, checkpoint)
-    _table(path, about, IMAGES, "its images'")
-    _table(path, about, {name: check for name, check in MORE.items() if name in about}, "its images'")
+    _table(path, dataset_info, IMAGES, "its images'")
+    _table(path, dataset_info, {name: check for name, check in MORE.items() if name in dataset_info}, "its images'")
     _table(path, network, {name: check for name, check in NETWORK.items() if name in network or name in BASIC},
            "its network's")
-    if network["num_classes"] != len(about["classes"]):
+    if network["num_classes"] != len(dataset_info["classes"]):
         raise InputError(f"{path}: its network knows {network['num_classes']} classes, but its images have "
-                         f"{len(about['classes'])}; replace it with an intact copy")
-    channels = DATASETS[about["name"]].channels
-    if network.get("in_channels", 3) != channels or (about.get("crop") or 0) > about["image_size"]:
-        raise InputError(f"{path}: its network takes other images than those of {about['name']}; replace it with an "
-                         "intact copy")
+                         f"{len(dataset_info['classes'])}; replace it with an intact copy")
+    channels = DATASETS[dataset_info["name"]].channels
+    if network.get("in_channels", 3) != channels or (dataset_info.get("crop") or 0) > dataset_info["image_size"]:
+        raise InputError(f"{path}: its network takes other images than those of {dataset_info['name']}; replace it "
+                         "with an intact copy")
     return checkpoint
 
 
@@ -99,12 +99,12 @@ def _check_edges(path: str | Path, checkpoint: dict) -> None:
 
 
 def _check_language(path: str | Path, checkpoint: dict) -> dict:
-    about, network = checkpoint["dataset"], checkpoint["network"]
-    _table(path, about, TEXTS, "its text's")
+    dataset_info, network = checkpoint["dataset"], checkpoint["network"]
+    _table(path, dataset_info, TEXTS, "its text's")
     _table(path, network, LANGUAGE, "its network's")
-    if network["words"] != len(about["classes"]):
+    if network["words"] != len(dataset_info["classes"]):
         raise InputError(f"{path}: its network knows {network['words']} words, but its text has "
-                         f"{len(about['classes'])}; replace it with an intact copy")
+                         f"{len(dataset_info['classes'])}; replace it with an intact copy")
     return checkpoint
 
 

@@ -95,15 +95,16 @@ def measure_shift(pool: Mapping[str, tuple[Space, Path]], committee: Committee, 
     for name, (space, path) in pool.items():
         checkpoint = checkpoints.load(path)
         network = checkpoints.restore(path, checkpoint, space.name, space.network, folder=space.folder)
-        about = checkpoint["dataset"] | {"changed": changes(space.folder, checkpoint)}
-        members[name] = prepared(network.to(device)), about  # once, for all blocks of all corruptions
-    about = next(iter(members.values()))[1]
-    images = load_images(path, about, options.data, "test", options.skip_bad_images)
+        dataset_info = checkpoint["dataset"] | {"changed": changes(space.folder, checkpoint)}
+        members[name] = prepared(network.to(device)), dataset_info  # once, for all blocks of all corruptions
+    dataset_info = next(iter(members.values()))[1]
+    images = load_images(path, dataset_info, options.data, "test", options.skip_bad_images)
     for name, (_, other) in members.items():
-        if [other["image_size"], other.get("resize", "crop")] != [about["image_size"], about.get("resize", "crop")]:
+        if (other["image_size"], other.get("resize", "crop")) != (
+                dataset_info["image_size"], dataset_info.get("resize", "crop")):
             raise InputError(f"--shift: {name} takes images of another size than the first member, or made square in "
                              "another way; leave it out")
-    source = find_source(images, find_data(path, about["root"], options.data))
+    source = find_source(images, find_data(path, dataset_info["root"], options.data))
 
     curves = {name: {} for name in [*members, "committee"]}
     for corruption in tqdm(source.names, desc="corruptions", leave=False, disable=distributed.tqdm_disable()):
@@ -147,8 +148,8 @@ def _scores(corruption: str, source, images: ImageSet, members: Mapping, pool: M
         for x in source.blocks(corruption, severity):
             block = ImageSet(images.info, x.contiguous(), torch.zeros(len(x), dtype=torch.int64))
             for name, logits in missing.items():
-                network, about = members[name]
-                logits.append(predict(network, block, options.batch_size, device, crop=about.get("crop")))
+                network, dataset_info = members[name]
+                logits.append(predict(network, block, options.batch_size, device, crop=dataset_info.get("crop")))
     for name, logits in missing.items():
         found[name] = replace(committee.members[name], logits=torch.cat(logits), split=corruption,
                               labels=committee.labels.repeat(len(SEVERITIES)), fingerprint=fingerprint,

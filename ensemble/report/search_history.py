@@ -97,13 +97,14 @@ def find_images(path: Path, fingerprint: str, data: str | None) -> tuple[ImageSe
 
     None for images that are gone or have changed, and for names that there are none of.
     """
-    about = checkpoints.load(path)["dataset"]
+    dataset_info = checkpoints.load(path)["dataset"]
     try:
-        images = load_images(path, about, data, "test", skip_bad_images=True)  # the fingerprint tells whether they did
+        # the fingerprint tells whether they have changed
+        images = load_images(path, dataset_info, data, "test", skip_bad_images=True)
     except InputError as error:
         print(f"a report without images: {error}")
         return None, None
     if images.fingerprint != fingerprint:
-        print(f"a report without images: those in {data or about['root']} have changed since the test")
+        print(f"a report without images: those in {data or dataset_info['root']} have changed since the test")
         return None, None
     return images, images.names

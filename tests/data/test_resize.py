@@ -91,13 +91,13 @@ def run(root, *flags):
 def test_tests_predictions_and_exports_do_as_training_did(tmp_path, folder):
     path = best_checkpoint(run(tmp_path, "--data", folder, "--resize", "pad"))
     checkpoint = checkpoints.load(path)
-    about = checkpoint["dataset"]
-    assert about["resize"] == checkpoint["arguments"]["resize"] == "pad"
-    test = scoring.load_images(path, about, None, "test")
+    dataset_info = checkpoint["dataset"]
+    assert dataset_info["resize"] == checkpoint["arguments"]["resize"] == "pad"
+    test = scoring.load_images(path, dataset_info, None, "test")
     assert torch.equal(test.images, load("folder", folder, "test", 8, resize="pad").images)
     assert not torch.equal(test.images, load("folder", folder, "test", 8).images)
     network = checkpoints.restore_derived(path, checkpoint).eval()
-    committee = CommitteeNetwork([network], ["one"], about, "mean_softmax", weights=[1.0], temperatures=[1.0],
+    committee = CommitteeNetwork([network], ["one"], dataset_info, "mean_softmax", weights=[1.0], temperatures=[1.0],
                                  temperature=1.0, crops=[None])
     rows = list(predict(committee, [str(folder / name) for name in test.names]))
     with torch.no_grad():
@@ -115,6 +115,6 @@ def test_a_run_goes_on_in_its_own_way(tmp_path, folder):
     assert "finished" in (where / "log.txt").read_text()
     with pytest.raises(InputError, match=r"holds a run with --resize crop \(now pad\)"):
         run(tmp_path, "--data", folder, "--resize", "pad")
-    about = checkpoints.load(best_checkpoint(where))["dataset"]
-    old = {name: value for name, value in about.items() if name != "resize"}
-    assert scoring.load_images(best_checkpoint(where), old, None, "train").fingerprint == about["fingerprint"]
+    dataset_info = checkpoints.load(best_checkpoint(where))["dataset"]
+    old = {name: value for name, value in dataset_info.items() if name != "resize"}
+    assert scoring.load_images(best_checkpoint(where), old, None, "train").fingerprint == dataset_info["fingerprint"]

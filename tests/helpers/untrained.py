@@ -18,9 +18,9 @@ def write_runs(root: Path, dataset: str, data: str, image_size: int | None, subs
                spaces: Sequence[Space] | None = None) -> None:
     """search-EXP of every space below `root`, or of these."""
     images = load(dataset, data, "train", image_size, subset)
-    about = {"name": dataset, "root": data, "image_size": images.info.image_size, "subset": subset,
-             "classes": list(images.info.classes), "fingerprint": images.fingerprint, "train_portion": 0.5,
-             "split_seed": 0}
+    dataset_info = {"name": dataset, "root": data, "image_size": images.info.image_size, "subset": subset,
+                    "classes": list(images.info.classes), "fingerprint": images.fingerprint, "train_portion": 0.5,
+                    "split_seed": 0}
     torch.manual_seed(0)
     for space in discover(ROOT) if spaces is None else spaces:
         folder = root / space.name / "search-EXP"
@@ -46,7 +46,7 @@ def write_runs(root: Path, dataset: str, data: str, image_size: int | None, subs
                 ridge = 1e-4 * products.diagonal().mean() * torch.eye(D)
                 network.classifier.weight.copy_(torch.linalg.solve(products + ridge, features.T @ target).T)
                 network.classifier.bias.zero_()
-            checkpoint = checkpoints.describe(network, space=space.name, epoch=epoch, dataset=about,
+            checkpoint = checkpoints.describe(network, space=space.name, epoch=epoch, dataset=dataset_info,
                                               arguments=arguments, code=digests(space.folder, "search"))
             checkpoints.save(folder / "checkpoints" / f"epoch_{epoch:03d}.pt", checkpoint)
 

@@ -151,9 +151,10 @@ def space(folder) -> Space:
 
 @pytest.fixture(scope="module")
 def described() -> dict:
-    about = ABOUT | {"subset": 20, "train_portion": 0.5, "split_seed": 0, "crop": None,
-                     "fingerprint": load("digits", "", "train", subset=20).fingerprint}
-    return checkpoints.describe(tiny(), space="cnn_space7", epoch=0, dataset=about, arguments={"seed": 2, "epochs": 1})
+    dataset_info = ABOUT | {"subset": 20, "train_portion": 0.5, "split_seed": 0, "crop": None,
+                            "fingerprint": load("digits", "", "train", subset=20).fingerprint}
+    return checkpoints.describe(tiny(), space="cnn_space7", epoch=0, dataset=dataset_info,
+                                arguments={"seed": 2, "epochs": 1})
 
 
 @examples(30, 200)

@@ -207,4 +207,4 @@ def test_a_corpus_records_an_absolute_folder(tmp_path, monkeypatch):
     for split in ("train", "valid", "test"):
         (tmp_path / f"{split}.txt").write_text("a b c\n")
     monkeypatch.chdir(tmp_path)
-    assert load_corpus("penn", ".").about()["root"] == str(tmp_path)
+    assert load_corpus("penn", ".").dataset_info()["root"] == str(tmp_path)
