@@ -28,9 +28,9 @@ from conas.darts.published import GENOTYPES
 from conas.data.batches import Stream
 from conas.data.images import DATASETS, DataInfo, ImageSet
 from conas.engine.convolutions import accelerate_convolutions
-from conas.engine.precision import find_precision
+from conas.engine.precision import use_bf16
 from conas.runs.options import RecipeOptions
-from conas.runs.progress import Course
+from conas.runs.progress import EpochMeter
 
 AUXILIARY_WEIGHT, DROP_PATH, CUTOUT = 0.4, 0.2, 16
 RECIPE = RecipeOptions(learning_rate=0.025, weight_decay=3e-4, label_smooth=0.0)
@@ -101,10 +101,10 @@ def ours(options: argparse.Namespace, images: ImageSet, device: torch.device, am
                     cutout_length=CUTOUT, drop_last=True)
     batches = stream.batches()
     while True:
-        course = Course("", 0, stream, 50)
-        for _ in course:
+        meter = EpochMeter("", 0, stream, 50)
+        for _ in meter:
             batch = next(batches)
-            course.add(*train_step(forward, optimizer, batch, RECIPE, AUXILIARY_WEIGHT, amp), len(batch[1]))
+            meter.add(*train_step(forward, optimizer, batch, RECIPE, AUXILIARY_WEIGHT, amp), len(batch[1]))
             yield
 
 
@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
     device = find_device(options.device)
-    amp = find_precision(options.amp, device)
+    amp = use_bf16(options.amp, device)
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
 
     rng = torch.Generator().manual_seed(0)

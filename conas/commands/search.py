@@ -22,7 +22,7 @@ from conas.engine.check import check_engine
 from conas.engine.cuda_graph import Replayed, graph_fits, on_device
 from conas.engine.cuda_streams import at_once
 from conas.engine.door import engine_or_reason
-from conas.engine.precision import checkpoint_cells, find_precision, set_tf32
+from conas.engine.precision import checkpoint_cells, set_tf32, use_bf16
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
 from conas.runs import code
@@ -40,7 +40,7 @@ from conas.runs.options import (
     WeightOptions,
 )
 from conas.runs.preflight import check_data, check_outputs, check_space, committee_notes
-from conas.runs.progress import Course, cosine, descend, snapshot, tell_not_finite, tell_skipped
+from conas.runs.progress import EpochMeter, clip_and_step, cosine, log_not_finite, log_skipped, snapshot
 from conas.runs.resume import seed_generators, write_epoch
 from conas.runs.scores import Validation, is_right
 
@@ -76,7 +76,7 @@ def weight_step(network: Supernet, optimizer: torch.optim.Optimizer, batch: Batc
         p.grad = part if p.is_contiguous() else torch.empty_like(p).copy_(part)
     hits = is_right(logits, labels).sum()
     loss, hits = distributed.after_backward(network, optimizer, loss, hits, len(labels))
-    return descend(optimizer, loss, grad_clip, before), hits
+    return clip_and_step(optimizer, loss, grad_clip, before), hits
 
 
 class SearchRun(Loop):
@@ -95,7 +95,7 @@ class SearchRun(Loop):
         data, augment, supernet, weights, alphas, options, keep, processes, speed = parse(description, GROUPS, argv)
         self.space = Space(folder.name, folder, network)
         self.device = find_device(options.device, keep.deterministic)
-        self.amp = find_precision(speed.amp, self.device)
+        self.amp = use_bf16(speed.amp, self.device)
         set_tf32(speed.tf32)
         if alphas.hvp == "exact" and not alphas.unrolled:
             raise InputError("--hvp exact: first order has no such product; leave it or --no-unrolled out")
@@ -161,15 +161,15 @@ class SearchRun(Loop):
 
     def restore(self, state: dict) -> None:
         self.network.load_state_dict(
-            checkpoints.restore(self.keeper.path, state, self.name, self.space.network).state_dict())
+            checkpoints.restore(self.checkpointer.path, state, self.name, self.space.network).state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
         self.architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
 
     def state(self) -> dict:
-        return checkpoints.describe(self.network, space=self.name, epoch=self.course.epoch, dataset=self.dataset_info,
+        return checkpoints.describe(self.network, space=self.name, epoch=self.meter.epoch, dataset=self.dataset_info,
                                     arguments=self.arguments, code=self.code) | {
             "optimizer": self.optimizer.state_dict(), "alpha_optimizer": self.architect.alpha_optimizer.state_dict(),
-            "metrics": self.metrics, "course": self.course.state()}
+            "metrics": self.metrics, "course": self.meter.state()}
 
     def finished_before(self) -> None:
         if not (self.folder / "cells" / "reduce.png").exists():  # it was killed before its last picture
@@ -211,13 +211,13 @@ class SearchRun(Loop):
             self.graphs[iterate] = Replayed(iterate, self.optimizer, self.flags.batch_size, self.device, self.log)
         return self.graphs[iterate] if self.graph else iterate
 
-    def new_epoch(self, epoch: int, state: dict | None) -> Course:
+    def new_epoch(self, epoch: int, state: dict | None) -> EpochMeter:
         flags = self.flags
         self.lr = self.lr_scale * cosine(*self.run.stretches.place(epoch), flags.learning_rate,
                                          flags.learning_rate_min)
         self.optimizer.param_groups[0]["lr"] = self.lr
         self.unchecked = self.packed is not None
-        return Course(f"{self.name} epoch {epoch} of {flags.epochs}", epoch, self.train, flags.report_freq,
+        return EpochMeter(f"{self.name} epoch {epoch} of {flags.epochs}", epoch, self.train, flags.report_freq,
                       skip=self.skip, state=state and state["course"])
 
     def inputs(self, step: int) -> tuple[Batch, Batch, float]:
@@ -228,21 +228,21 @@ class SearchRun(Loop):
         return train, valid, self.lr
 
     def count(self, result: tuple[Tensor, Tensor], inputs: tuple) -> None:
-        self.course.add(*result, self.train.size(self.course.step))
+        self.meter.add(*result, self.train.size(self.meter.step))
 
     def validate(self) -> Validation:
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return validate(self.network, self.images, self.halves[1], self.device, self.flags.workers)
 
     def figures(self, found: Validation) -> tuple[dict, str]:
-        course = self.course
-        return ({"learning_rate": self.lr, "train_loss": course.loss, "train_top1": course.top1,
+        meter = self.meter
+        return ({"learning_rate": self.lr, "train_loss": meter.loss, "train_top1": meter.top1,
                  "valid_loss": found.loss, "valid_top1": found.top1},
-                f"rate {self.lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %  "
+                f"rate {self.lr:.4f}  train {meter.loss:.4f} {meter.top1:6.2f} %  "
                 f"valid {found.loss:.4f} {found.top1:6.2f} %")
 
     def write_epoch(self) -> None:
-        write_epoch(self.keeper, self.state() | {"course": None})
+        write_epoch(self.checkpointer, self.state() | {"course": None})
         if self.board is not None:
             self.board.epoch(self.metrics[-1], self.network.alphas(), self.space.primitives, self.network.genotype())
 
@@ -250,8 +250,8 @@ class SearchRun(Loop):
         """Print the cells that the search ends with, ready for `genotypes.py`, and draw them."""
         if distributed.rank():
             return
-        tell_skipped(self.run, self.metrics)
-        tell_not_finite(self.run, self.metrics)
+        log_skipped(self.run, self.metrics)
+        log_not_finite(self.run, self.metrics)
         genotype = self.network.genotype()
         pictures = draw_genotype(genotype, self.folder / "cells")
         self.log(str(genotype))

@@ -16,7 +16,7 @@ from conas.darts.derived import DerivedNetwork, count_parameters, multiply_adds
 from conas.darts.published import GENOTYPES
 from conas.darts.space import Space
 from conas.darts.supernet import Supernet
-from conas.data import imagenet_augment as photographs
+from conas.data import imagenet_augment
 from conas.data.imagefiles import RESIZES
 from conas.data.images import DATASETS, ImageSet, full_name, load
 from conas.errors import InputError, one_line
@@ -134,7 +134,7 @@ def open_published(path: str | Path, content: object, published: Published, opti
     dataset = options.dataset or published.dataset
     size = options.image_size or DATASETS[dataset].image_size
     crop = size if published.recipe == "imagenet" else None
-    images = load(dataset, data or ROOT / "data", "test", image_size=photographs.canvas(crop) if crop else size,
+    images = load(dataset, data or ROOT / "data", "test", image_size=imagenet_augment.canvas(crop) if crop else size,
                   skip_bad_images=skip_bad_images, resize=options.resize)
     C, layers = (getattr(options, name) or RECIPES[published.recipe][name] for name in ("init_channels", "layers"))
     classes = state["classifier.bias"].numel() if "classifier.bias" in state else 0

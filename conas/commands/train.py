@@ -22,13 +22,13 @@ from conas.darts.operations import OPERATIONS
 from conas.darts.primitives import Primitives
 from conas.darts.published import named_genotypes
 from conas.darts.space import Space
-from conas.data import imagenet_augment as photographs
+from conas.data import imagenet_augment
 from conas.data.batches import Stream
 from conas.data.images import full_name
 from conas.data.splits import generator, stratified_split
-from conas.engine import batchnorm as synced
+from conas.engine import batchnorm
 from conas.engine.convolutions import accelerate_convolutions
-from conas.engine.precision import compiler_works, find_precision
+from conas.engine.precision import compiler_works, use_bf16
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
 from conas.runs import code
@@ -45,8 +45,8 @@ from conas.runs.options import (
     TrainRunOptions,
 )
 from conas.runs.preflight import check_data, check_outputs, check_space, committee_notes
-from conas.runs.progress import Course, cosine, descend, snapshot, tell_skipped
-from conas.runs.resume import Keeper, seed_generators
+from conas.runs.progress import EpochMeter, clip_and_step, cosine, log_skipped, snapshot
+from conas.runs.resume import Checkpointer, seed_generators
 from conas.runs.scores import Validation, is_right
 
 GROUPS = (DataOptions, NetworkOptions, RecipeOptions, HeldOutOptions, TrainRunOptions, KeepOptions, ProcessOptions)
@@ -72,7 +72,7 @@ class TrainRun(Loop):
         self.primitives = Primitives(getattr(module, "PRIMITIVES", tuple(OPERATIONS)))
         self.space = Space(folder.name, folder, own_operations=getattr(module, "OPERATIONS", {}))
         self.device = find_device(options.device, keep.deterministic)
-        self.amp = find_precision(options.amp, self.device)
+        self.amp = use_bf16(options.amp, self.device)
         if options.compile and processes.sync_bn and distributed.size() > 1:
             raise InputError("--compile: cannot compile what --sync_bn sends between processes; leave one of them out")
         pretrained = cells.load_pretrained(shape.init_from, self.space.operations) if shape.init_from else None
@@ -95,7 +95,7 @@ class TrainRun(Loop):
     def _read_images(self, data: DataOptions, shape: NetworkOptions, held_out: HeldOutOptions) -> None:
         flags = self.flags
         self.crop = data.image_size if shape.recipe == "imagenet" else None
-        self.images = training_images(data, flags.suffixes, photographs.canvas(self.crop) if self.crop else
+        self.images = training_images(data, flags.suffixes, imagenet_augment.canvas(self.crop) if self.crop else
                                       data.image_size)
         self.parts = split(self.images.labels, held_out)
         self.stream = Stream(self.images, self.parts[0], flags.batch_size, name="training", seed=flags.seed,
@@ -116,7 +116,7 @@ class TrainRun(Loop):
         network.drop_path_images = flags.batch_size
         use_exact_sums(accelerate_convolutions(network))
         if processes.sync_bn:
-            synced.convert(network)
+            batchnorm.convert(network)
         self.network = network.to(self.device, memory_format=torch.channels_last)
         self.optimizer = torch.optim.SGD(network.parameters(), lr=flags.learning_rate, momentum=flags.momentum,
                                          weight_decay=flags.weight_decay, fused=True)
@@ -132,7 +132,7 @@ class TrainRun(Loop):
     # What the loop does with it.
 
     def restore(self, state: dict) -> None:
-        path = self.keeper.path
+        path = self.checkpointer.path
         if state["genotype"] != genotypes.to_json(self.network.genotype()):
             raise InputError(f"{path}: this run began with other cells than those it would train now; restore them, or "
                              "give --save another name")
@@ -140,9 +140,9 @@ class TrainRun(Loop):
         self.optimizer.load_state_dict(state["optimizer"])
 
     def state(self) -> dict:
-        return checkpoints.describe(self.network, space=self.name, epoch=self.course.epoch, dataset=self.dataset_info,
+        return checkpoints.describe(self.network, space=self.name, epoch=self.meter.epoch, dataset=self.dataset_info,
                                     arguments=self.arguments, primitives=self.primitives, code=self.code) | {
-            "optimizer": self.optimizer.state_dict(), "metrics": self.metrics, "course": self.course.state()}
+            "optimizer": self.optimizer.state_dict(), "metrics": self.metrics, "course": self.meter.state()}
 
     def resume(self) -> None:
         super().resume()
@@ -171,22 +171,22 @@ class TrainRun(Loop):
         done = self.start * self.stream.steps + self.start_step
         self.batches = self.stack.enter_context(closing(self.stream.batches(done)))
 
-    def new_epoch(self, epoch: int, state: dict | None) -> Course:
+    def new_epoch(self, epoch: int, state: dict | None) -> EpochMeter:
         stretches, flags = self.run.stretches, self.flags
         self.lr = learning_rate(self.recipe, epoch, stretches.place(epoch)) * self.lr_scale
         self.optimizer.param_groups[0]["lr"] = self.lr
         self.network.drop_path_prob = stretches.risen(epoch, flags.drop_path_prob)
-        return Course(f"{self.name} epoch {epoch} of {flags.epochs}", epoch, self.stream, flags.report_freq,
+        return EpochMeter(f"{self.name} epoch {epoch} of {flags.epochs}", epoch, self.stream, flags.report_freq,
                       skip=self.skip, state=state and state["course"])
 
     def inputs(self, step: int) -> tuple[Batch, float]:
         batch = next(self.batches)
         # drop path draws from the global generator: with a seed for each step, a resumed run draws the same
-        torch.manual_seed(generator(self.flags.seed, "drop path", self.course.epoch, step).initial_seed())
+        torch.manual_seed(generator(self.flags.seed, "drop path", self.meter.epoch, step).initial_seed())
         return batch, self.lr
 
     def count(self, result: tuple[Tensor, Tensor], inputs: tuple) -> None:
-        self.course.add(*result, self.stream.size(self.course.step))
+        self.meter.add(*result, self.stream.size(self.meter.step))
 
     def validate(self) -> Validation:
         shown = self.parts[1] if len(self.parts[1]) else self.parts[0][:256]  # some, to see if predictions are finite
@@ -194,10 +194,10 @@ class TrainRun(Loop):
             return validate(self.network, self.images, shown, self.device, self.flags.workers, self.crop)
 
     def figures(self, found: Validation) -> tuple[dict, str]:
-        course = self.course
-        row = {"learning_rate": self.lr, "drop_path_prob": self.network.drop_path_prob, "train_loss": course.loss,
-               "train_top1": course.top1, "valid_loss": None, "valid_top1": None}
-        text = f"rate {self.lr:.4f}  train {course.loss:.4f} {course.top1:6.2f} %"
+        meter = self.meter
+        row = {"learning_rate": self.lr, "drop_path_prob": self.network.drop_path_prob, "train_loss": meter.loss,
+               "train_top1": meter.top1, "valid_loss": None, "valid_top1": None}
+        text = f"rate {self.lr:.4f}  train {meter.loss:.4f} {meter.top1:6.2f} %"
         if len(self.parts[1]):
             row |= {"valid_loss": found.loss, "valid_top1": found.top1}
             text += f"  held out {found.loss:.4f} {found.top1:6.2f} %"
@@ -205,10 +205,10 @@ class TrainRun(Loop):
 
     def write_epoch(self) -> None:
         lasting = self.is_finished() or len(self.metrics) % self.frequency == 0
-        write_epoch(self.keeper, self.state() | {"course": None}, lasting)
+        write_epoch(self.checkpointer, self.state() | {"course": None}, lasting)
 
     def finish(self) -> None:
-        tell_skipped(self.run, self.metrics)
+        log_skipped(self.run, self.metrics)
         best = require_best(self.run, self.metrics)
         if best["valid_top1"] is not None:
             chosen = f"{best['valid_top1']:.2f} % of the held-out images"
@@ -238,7 +238,7 @@ def train_step(forward: nn.Module, optimizer: torch.optim.Optimizer, batch: tupl
     hits = is_right(logits, labels).sum()
     loss, hits = distributed.after_backward(forward, optimizer, distributed.scaled_by_count(loss, len(labels)), hits,
                                             len(labels))
-    return descend(optimizer, loss, recipe.grad_clip, before), hits
+    return clip_and_step(optimizer, loss, recipe.grad_clip, before), hits
 
 
 def learning_rate(recipe: RecipeOptions, epoch: int, place: tuple[int, int] | None = None) -> float:
@@ -267,15 +267,15 @@ def is_finished(metrics: list[dict], epochs: int, patience: int | None) -> bool:
     return len(metrics) >= epochs or (patience is not None and waited >= patience)
 
 
-def write_epoch(keeper: Keeper, state: dict, lasting: bool) -> None:
-    """Write an epoch to disk. `resume.pt` comes after what it stands for: what it does not know of is done again."""
-    run, checkpoint = keeper.run, checkpoints.without_progress(state)
+def write_epoch(checkpointer: Checkpointer, state: dict, lasting: bool) -> None:
+    """Write an epoch to disk. `resume.pt` comes last: what it does not know of is repeated."""
+    run, checkpoint = checkpointer.run, checkpoints.without_progress(state)
     first = distributed.rank() == 0
     if first and lasting:
         checkpoints.save(run.path("checkpoints", state["epoch"], ".pt"), checkpoint)
     if first and best_epoch(state["metrics"]) == state["epoch"]:
         checkpoints.save(run.folder / "checkpoints" / "best.pt", checkpoint)
-    keeper.save(state)
+    checkpointer.save(state)
     run.write_metrics(state["metrics"])
 
 

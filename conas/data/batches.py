@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from conas import distributed
-from conas.data import imagenet_augment as photographs
+from conas.data import imagenet_augment
 from conas.data.augment import crop_and_flip, cutout, draw, least_visible, mirrored_classes, normalise
 from conas.data.images import ImageSet
 from conas.data.splits import generator, stratified_split
@@ -92,9 +92,9 @@ class Stream:
     def _photographs(self, x: Tensor, step: int) -> Tensor:
         numbers = generator(self.seed, self.name, "photographs", step)
         size = self.size(step)
-        draws = photographs.draw(size, x.shape[-1], self.flip, numbers)
+        draws = imagenet_augment.draw(size, x.shape[-1], self.flip, numbers)
         draws = draws.of(distributed.rank_slice(size)).to(self.device)
-        return photographs.jitter(photographs.crop_and_resize(x, draws, self.crop), draws)
+        return imagenet_augment.jitter(imagenet_augment.crop_and_resize(x, draws, self.crop), draws)
 
     def order(self, epoch: int) -> Tensor:
         """The part's indices (n,) as they are shown in `epoch`."""

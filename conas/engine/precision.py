@@ -11,7 +11,7 @@ from conas.engine.packed import PackedPass
 from conas.errors import InputError
 
 
-def find_precision(amp: str, device: torch.device) -> bool:
+def use_bf16(amp: str, device: torch.device) -> bool:
     """Return True if passes are in bfloat16. Raises InputError if the device cannot compute in it."""
     able = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
     if amp == "bf16" and not able:

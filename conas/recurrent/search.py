@@ -20,7 +20,7 @@ from conas.recurrent.steps import (
     LanguageBilevel,
     Reader,
     Schedule,
-    TextCourse,
+    TextMeter,
     perplexity,
     validate,
     validation_text,
@@ -33,7 +33,7 @@ from conas.runs import code
 from conas.runs.folder import folder_name
 from conas.runs.loop import Loop, Skipped
 from conas.runs.preflight import check_outputs, check_space
-from conas.runs.progress import tell_not_finite, tell_skipped
+from conas.runs.progress import log_not_finite, log_skipped
 from conas.runs.resume import seed_generators, write_epoch
 from conas.runs.scores import Validation
 
@@ -90,15 +90,15 @@ class SearchRun(Loop):
     # What the loop does with it.
 
     def restore(self, state: dict) -> None:
-        self.network.load_state_dict(restore(self.keeper.path, state, type(self.network)).state_dict())
+        self.network.load_state_dict(restore(self.checkpointer.path, state, type(self.network)).state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
         self.architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
 
     def state(self) -> dict:
-        return checkpoints.describe(self.network, space=self.name, epoch=self.course.epoch, dataset=self.dataset_info,
+        return checkpoints.describe(self.network, space=self.name, epoch=self.meter.epoch, dataset=self.dataset_info,
                                     arguments=self.arguments, code=self.code) | {
             "optimizer": self.optimizer.state_dict(), "alpha_optimizer": self.architect.alpha_optimizer.state_dict(),
-            "metrics": self.metrics, "course": self.course.state(),
+            "metrics": self.metrics, "course": self.meter.state(),
             "readers": {name: reader.state() for name, reader in self.readers.items()}}
 
     def finished_before(self) -> None:
@@ -115,37 +115,37 @@ class SearchRun(Loop):
         self.log(f"{self.corpus.name}: {len(self.corpus.words)} words of vocabulary, {train} of text for weights, "
                  f"{for_alphas} for alphas; epochs {self.start} to {self.flags.epochs - 1} on {self.device}{goes_on}")
 
-    def new_epoch(self, epoch: int, state: dict | None) -> TextCourse:
+    def new_epoch(self, epoch: int, state: dict | None) -> TextMeter:
         self.readers = {name: Reader(text, self.network, state and state["readers"][name])
                         for name, text in self.texts.items()}
-        return TextCourse(f"{self.name} epoch {epoch} of {self.flags.epochs}", epoch, self.schedule,
+        return TextMeter(f"{self.name} epoch {epoch} of {self.flags.epochs}", epoch, self.schedule,
                           self.flags.report_freq, skip=self.skip, state=state and state["course"])
 
     def inputs(self, step: int) -> tuple[TextBatch, TextBatch, float]:
-        length = self.course.lengths[step]
-        train, valid = (reader.next(length, self.schedule.masks(name, self.network, self.course.epoch, step))
+        length = self.meter.lengths[step]
+        train, valid = (reader.next(length, self.schedule.masks(name, self.network, self.meter.epoch, step))
                         for name, reader in self.readers.items())
         return train, valid, self.flags.lr * length / self.flags.bptt
 
     def count(self, result: Tensor, inputs: tuple) -> None:
-        self.course.add(result, inputs[0])
+        self.meter.add(result, inputs[0])
 
     def validate(self) -> Validation:
         return validate(self.network, self.valid, self.flags.bptt)
 
     def figures(self, found: Validation) -> tuple[dict, str]:
-        loss = self.course.loss
+        loss = self.meter.loss
         return ({"learning_rate": self.flags.lr, "train_loss": loss, "valid_loss": found.loss},
                 f"train {loss:.4f} perplexity {perplexity(loss):.2f}  "
                 f"valid {found.loss:.4f} perplexity {perplexity(found.loss):.2f}")
 
     def write_epoch(self) -> None:
-        write_epoch(self.keeper, self.state() | {"course": None})
+        write_epoch(self.checkpointer, self.state() | {"course": None})
 
     def finish(self) -> None:
         """Print the cell that the search ends with, ready for `genotypes.py`, and draw it."""
-        tell_skipped(self.run, self.metrics)
-        tell_not_finite(self.run, self.metrics, "the validation text", "--lr")
+        log_skipped(self.run, self.metrics)
+        log_not_finite(self.run, self.metrics, "the validation text", "--lr")
         genotype = self.network.genotype()
         pictures = draw_recurrent(genotype, self.folder / "cells")
         self.log(str(genotype))

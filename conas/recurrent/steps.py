@@ -12,7 +12,7 @@ from conas.errors import InputError
 from conas.recurrent.model import LanguageModel, Masks, RecurrentSupernet, TextBatch
 from conas.recurrent.options import DropoutOptions
 from conas.recurrent.text import Corpus, Text, random_lengths
-from conas.runs.progress import Course, descend, snapshot
+from conas.runs.progress import EpochMeter, clip_and_step, snapshot
 from conas.runs.scores import Validation, finite_rows
 
 LARGE = 1e15  # sums of products of smaller numbers are within the range of float32
@@ -103,7 +103,7 @@ def weight_step(network: LanguageModel, optimizer: torch.optim.SGD, batch: TextB
         dropped = outputs if batch.masks.outputs is None else outputs * batch.masks.outputs
         total = total + activity * dropped.pow(2).mean()
     total.backward(inputs=optimizer.param_groups[0]["params"])  # the alphas' gradients are not wanted here
-    return descend(optimizer, loss, grad_clip, before)
+    return clip_and_step(optimizer, loss, grad_clip, before)
 
 
 @torch.no_grad()
@@ -194,7 +194,7 @@ class Schedule:
                           torch.Generator(self.device).manual_seed(seed))
 
 
-class TextCourse(Course):
+class TextMeter(EpochMeter):
     """The steps of one epoch of text: `loss` in nats a word, `rate` in words a second."""
 
     def __init__(self, title: str, epoch: int, schedule: Schedule, report_freq: int, **settings):
@@ -205,7 +205,7 @@ class TextCourse(Course):
     def add(self, loss: Tensor, batch: TextBatch) -> None:
         super().add(loss, torch.zeros_like(loss), batch.tokens.numel())
 
-    def _look(self) -> None:
+    def _sync_metrics(self) -> None:
         loss, _, finite = self._sums.tolist()
         self.loss, self.rate = loss / self.seen, self.seen / self.seconds
         if not math.isfinite(loss):

@@ -25,7 +25,7 @@ from conas.recurrent.options import (
 from conas.recurrent.steps import (
     Reader,
     Schedule,
-    TextCourse,
+    TextMeter,
     perplexity,
     validate,
     validation_text,
@@ -39,7 +39,7 @@ from conas.runs.best import best_epoch, mend_best, require_best
 from conas.runs.folder import best_checkpoint, folder_name
 from conas.runs.loop import Loop
 from conas.runs.preflight import check_outputs, check_space
-from conas.runs.progress import tell_skipped
+from conas.runs.progress import log_skipped
 from conas.runs.resume import seed_generators
 from conas.runs.scores import Validation
 
@@ -138,7 +138,7 @@ class TrainRun(Loop):
     # What the loop does with it.
 
     def restore(self, state: dict) -> None:
-        path = self.keeper.path
+        path = self.checkpointer.path
         if state["genotype"] != genotypes.to_json(self.network.genotype()):
             raise InputError(f"{path}: this run began with another cell than the one it would train now; restore that, "
                              "or give --save another name")
@@ -152,9 +152,9 @@ class TrainRun(Loop):
                                     arguments=self.arguments, primitives=self.primitives, code=self.code)
 
     def state(self) -> dict:
-        return self.checkpoint(self.course.epoch) | {
+        return self.checkpoint(self.meter.epoch) | {
             "optimizer": self.optimizer.state_dict(), "average": self.average and self.average.state(),
-            "metrics": self.metrics, "course": self.course.state(), "reader": self.reader.state()}
+            "metrics": self.metrics, "course": self.meter.state(), "reader": self.reader.state()}
 
     def resume(self) -> None:
         super().resume()
@@ -173,31 +173,31 @@ class TrainRun(Loop):
         self.log(f"{self.corpus.name}: {len(self.corpus.words)} words of vocabulary, {self.text.columns.numel()} of "
                  f"text; epochs {self.start} to {self.flags.epochs - 1} on {self.device}{goes_on}")
 
-    def new_epoch(self, epoch: int, state: dict | None) -> TextCourse:
+    def new_epoch(self, epoch: int, state: dict | None) -> TextMeter:
         self.reader = Reader(self.text, self.network, state and state["reader"])
-        return TextCourse(f"{self.name} epoch {epoch} of {self.flags.epochs}", epoch, self.schedule,
+        return TextMeter(f"{self.name} epoch {epoch} of {self.flags.epochs}", epoch, self.schedule,
                           self.flags.report_freq, skip=self.skip, state=state and state["course"])
 
     def inputs(self, step: int) -> tuple[TextBatch, float]:
-        length = self.course.lengths[step]
-        batch = self.reader.next(length, self.schedule.masks("weights", self.network, self.course.epoch, step))
+        length = self.meter.lengths[step]
+        batch = self.reader.next(length, self.schedule.masks("weights", self.network, self.meter.epoch, step))
         return batch, self.flags.lr * length / self.flags.bptt
 
     def count(self, result: Tensor, inputs: tuple) -> None:
-        self.course.add(result, inputs[0])
+        self.meter.add(result, inputs[0])
 
     def validate(self) -> Validation:
         with network_of(self.average):
             return validate(self.network, self.valid, self.flags.bptt)
 
     def figures(self, found: Validation) -> tuple[dict, str]:
-        kind, loss = "SGD" if self.average is None else "ASGD", self.course.loss
+        kind, loss = "SGD" if self.average is None else "ASGD", self.meter.loss
         return ({"learning_rate": self.flags.lr, "optimizer": kind, "train_loss": loss, "valid_loss": found.loss},
                 f"{kind:4}  train {loss:.4f} perplexity {perplexity(loss):.2f}  "
                 f"valid {found.loss:.4f} perplexity {perplexity(found.loss):.2f}")
 
     def write_epoch(self) -> None:
-        epoch = self.course.epoch
+        epoch = self.meter.epoch
         if best_epoch(self.metrics) == epoch:
             with network_of(self.average):
                 checkpoints.save(self.folder / "checkpoints" / "best.pt", self.checkpoint(epoch))
@@ -205,11 +205,11 @@ class TrainRun(Loop):
         if self.average is None and should_average(losses, self.flags.nonmono):
             self.log("the validation text improves no more: from here on the weights are averaged")
             self.average = Average(self.network)
-        self.keeper.save(self.state() | {"course": None})
+        self.checkpointer.save(self.state() | {"course": None})
         self.run.write_metrics(self.metrics)
 
     def finish(self) -> None:
-        tell_skipped(self.run, self.metrics)
+        log_skipped(self.run, self.metrics)
         best = require_best(self.run, self.metrics, LOWER)
         self.log(f"best network: epoch {best['epoch']}, validation perplexity {perplexity(best['valid_loss']):.2f}: "
                  f"{best_checkpoint(self.folder)}")

@@ -34,7 +34,7 @@ class Stretches:
             value += (highest - value) * (following - first) / (end - first)
         return value
 
-    def remarks(self, epoch: int) -> dict:
+    def extra_metrics(self, epoch: int) -> dict:
         """For the epoch's line of metrics: the number of its extension, from 1."""
         number = self._of(epoch)
         return {"extension": number} if number else {}

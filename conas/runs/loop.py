@@ -24,8 +24,8 @@ from torch import nn
 from conas import distributed
 from conas.runs.folder import Run
 from conas.runs.options import KeepOptions
-from conas.runs.progress import SHORTER, Course, announce, resumed
-from conas.runs.resume import Keeper
+from conas.runs.progress import SHORTER, EpochMeter, log_eta, resumed
+from conas.runs.resume import Checkpointer
 from conas.runs.scores import Validation
 
 
@@ -37,7 +37,7 @@ class Loop(ABC):
     """One search or training. A subclass makes network and optimizer, and defines the abstract methods.
 
     `groups` are its options, dataclasses; `flags` has all their values by name. `dataset_info` describes the training
-    data, as checkpoints do. `metrics` has a row for each epoch that is done, `course` the sums of the present one.
+    data, as checkpoints do. `metrics` has a row for each epoch that is done, `meter` the sums of the present one.
     Several processes run the same loop; the first one writes.
     """
 
@@ -57,7 +57,7 @@ class Loop(ABC):
         self.arguments = {name: value for group in groups for name, value in asdict(group).items()} | more
         self.flags = SimpleNamespace(**self.arguments)
         self.run: Run | None = None  # the folder, open for writing
-        self.course: Course | None = None
+        self.meter: EpochMeter | None = None
         self.metrics: list[dict] = []
 
     # What a subclass defines.
@@ -75,7 +75,7 @@ class Loop(ABC):
         """Log what is about to be computed, and prepare to compute it; `goes_on` says where."""
 
     @abstractmethod
-    def new_epoch(self, epoch: int, state: dict | None) -> Course:
+    def new_epoch(self, epoch: int, state: dict | None) -> EpochMeter:
         """Set the learning rate and all else of an epoch; `state` is the one to go on from within it."""
 
     @abstractmethod
@@ -84,7 +84,7 @@ class Loop(ABC):
 
     @abstractmethod
     def count(self, result: object, inputs: tuple) -> None:
-        """Add what `iterate` returned for these inputs to `course`."""
+        """Add what `iterate` returned for these inputs to `meter`."""
 
     @abstractmethod
     def validate(self) -> Validation:
@@ -104,7 +104,7 @@ class Loop(ABC):
 
     def resume(self) -> None:
         """Go on from the run's last state, if there is one."""
-        self.metrics, self.unfinished = self.keeper.resume(self.dataset_info, self.restore)
+        self.metrics, self.unfinished = self.checkpointer.resume(self.dataset_info, self.restore)
 
     def finished_before(self) -> None:
         """Say that there is nothing left to do, at the start of a run that is finished."""
@@ -127,7 +127,7 @@ class Loop(ABC):
             return self
         with ExitStack() as self.stack:
             self.run = self.stack.enter_context(Run(self.folder, self.arguments))
-            self.keeper = self.stack.enter_context(Keeper(self.run, self.keep.checkpoint_minutes))
+            self.checkpointer = self.stack.enter_context(Checkpointer(self.run, self.keep.checkpoint_minutes))
             self.resume()
             self.start = len(self.metrics)  # the first epoch of this process
             self.start_step = self.unfinished["course"]["step"] if self.unfinished else 0
@@ -155,7 +155,7 @@ class Loop(ABC):
             return
         while not self.is_finished():
             epoch = len(self.metrics)
-            self.course = self.new_epoch(epoch, self.unfinished)
+            self.meter = self.new_epoch(epoch, self.unfinished)
             self.unfinished = None
             self.network.train()
             yield epoch
@@ -165,23 +165,23 @@ class Loop(ABC):
 
     def steps(self, epoch: int) -> Iterator[tuple]:
         """What each step of the epoch that is still to do needs. The step itself is `do`."""
-        for step in self.course:
+        for step in self.meter:
             yield self.inputs(step)
-            if self.course.step == step:
+            if self.meter.step == step:
                 raise RuntimeError(f"step {step} of epoch {epoch} was not taken: call do() once for every step")
             if self.tells_time and epoch == self.start and step == 4:
-                seconds = self.course.seconds / 5 * self.course.stream.steps * (self.flags.epochs - self.start)
-                announce(self.run, seconds, self.shorter)
+                seconds = self.meter.seconds / 5 * self.meter.stream.steps * (self.flags.epochs - self.start)
+                log_eta(self.run, seconds, self.shorter)
             if (step + 1) % self.flags.report_freq == 0:
                 distributed.check_network(self.compared, self.network)
-            self.keeper.after_step(self.state)
+            self.checkpointer.maybe_save(self.state)
 
     def do(self, iterate: Callable, *inputs: object) -> None:
         """Take a step: `iterate(*inputs)`, a function that returns what a `weight_step` does."""
         try:
             result = self.recorded(iterate)(*inputs)
         except Skipped:
-            self.course.skip_step()
+            self.meter.skip_step()
             return
         if result is None:
             raise TypeError(f"{iterate.__name__}: must return what weight_step returns")
@@ -189,15 +189,15 @@ class Loop(ABC):
 
     def end_epoch(self) -> None:
         """Validate, log, and write the epoch to disk. To be called when its steps are done."""
-        epoch, course = len(self.metrics), self.course
-        if course.step < course.stream.steps:
-            raise RuntimeError(f"epoch {epoch} ends after {course.step} of {course.stream.steps} steps: leave the loop "
+        epoch, meter = len(self.metrics), self.meter
+        if meter.step < meter.stream.steps:
+            raise RuntimeError(f"epoch {epoch} ends after {meter.step} of {meter.stream.steps} steps: leave the loop "
                                "over steps() only at its end")
-        with self.keeper.calm(self.state):
+        with self.checkpointer.interruptible(self.state):
             found = self.validate()
         row, text = self.figures(found)
-        self.metrics.append({"epoch": epoch} | row | course.remarks() | found.remarks()
-                            | self.run.stretches.remarks(epoch))
-        self.log(f"epoch {epoch:3d}  {text}{found.remark}  {course.rate:.0f} {self.unit}/s")
+        self.metrics.append({"epoch": epoch} | row | meter.extra_metrics() | found.extra_metrics()
+                            | self.run.stretches.extra_metrics(epoch))
+        self.log(f"epoch {epoch:3d}  {text}{found.remark}  {meter.rate:.0f} {self.unit}/s")
         distributed.check_network(self.compared, self.network)
         self.write_epoch()

@@ -1,13 +1,13 @@
-"""What keeps a run from being lost: its state on disk, written by the clock, when asked to stop, and after every epoch.
+"""What keeps a run from being lost: its state on disk, written at intervals, when asked to stop, and after every epoch.
 
-The state is a checkpoint of the present network and, besides, all that the next step depends on: optimizers, sums of
+The state is a checkpoint of the current network and everything else that the next step depends on: optimizers, sums of
 the epoch, random generators. Batches are functions of seed and step. So a run that was killed at any instant goes on
-from the last state that is whole, does again what came after it, and ends with the same bits.
+from the last state that is intact, repeats what came after it, and ends with the same bits.
 
-    resume.pt  resume.before.pt      the last two states: if the newer is damaged, the older one serves
+    resume.pt  resume.before.pt      the last two states: if the newer is damaged, the older one is used
 
-Several processes have equal states. They stop after the same step, whichever of them got the signal; the first one
-writes, and what it reads it gives to the others.
+Several processes have equal states. They stop after the same step, whichever of them got the signal; rank 0 writes, and
+passes on what it reads.
 """
 import random
 import signal
@@ -31,38 +31,38 @@ from conas.runs.folder import Run
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}  # 128 + the signal's number, as shells have it
 
 
-class Keeper:
+class Checkpointer:
     """Writes and reads the state of a run. Use it as a context: inside, Ctrl-C and SIGTERM wait for the step's end.
 
-    `minutes` lie between two states that are written by the clock. A second Ctrl-C stops at once.
+    Within an epoch, a state is written every `minutes`. A second Ctrl-C stops at once.
     """
 
     def __init__(self, run: Run, minutes: float):
         self.run, self.minutes = run, minutes
         self.path, self.before = run.folder / "resume.pt", run.folder / "resume.before.pt"
-        self._wish: int | None = None  # the signal that has come
-        self._calm = False
+        self._signal: int | None = None  # the signal that has come
+        self._interruptible = False
         self._saved = time.monotonic()
         self._handlers: dict = {}
 
-    def __enter__(self) -> "Keeper":
+    def __enter__(self) -> "Checkpointer":
         if threading.current_thread() is threading.main_thread():
-            self._handlers = {number: signal.signal(number, self._take_note) for number in CODES}
+            self._handlers = {number: signal.signal(number, self._on_signal) for number in CODES}
         return self
 
     def __exit__(self, *_) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
-    def _take_note(self, number: int, _frame: FrameType | None) -> None:
-        if self._calm:
+    def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if self._interruptible:
             raise _Interrupted(number)
-        if self._wish == signal.SIGINT == number:
+        if self._signal == signal.SIGINT == number:
             raise KeyboardInterrupt
-        self._wish = number
+        self._signal = number
 
     def load(self, dataset_info: dict) -> dict | None:
-        """The last whole state of the run, or None before the first; `dataset_info` describes the images now.
+        """The last intact state of the run, or None before the first; `dataset_info` describes the images now.
 
         Logs it if the space's code has changed since. Raises InputError if neither generation can be read, or if the
         training images are not those of the run's earlier steps.
@@ -96,9 +96,9 @@ class Keeper:
             return state
 
     def resume(self, dataset_info: dict, put: Callable[[dict], None]) -> tuple[list[dict], dict | None]:
-        """Go on from the last whole state of the run: `put` puts it into networks and optimizers.
+        """Go on from the last intact state of the run: `put` puts it into networks and optimizers.
 
-        Returns the metrics of the epochs that are done, and the state if it is within another. Raises InputError as
+        Returns the metrics of the epochs that are done, and the state if it is within another one. Raises InputError as
         `load` does, and for a state that does not fit the run.
         """
         state = self.load(dataset_info)
@@ -107,7 +107,7 @@ class Keeper:
             return [], None
         try:
             put(state)
-            _set_generators(state["random"])  # at last: building networks draws from them
+            _set_generators(state["random"])  # last: building networks draws from them
             metrics, course = _check_progress(state)
         except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, ArithmeticError) as error:
             raise InputError(f"{self.path}: is whole, but does not fit this run; delete it to begin the run again, or "
@@ -122,30 +122,30 @@ class Keeper:
             checkpoints.save(self.path, state | {"random": _generators()}, keep=self.before)
         self._saved = time.monotonic()
 
-    def after_step(self, state: Callable[[], dict]) -> None:
-        """Write the state if it is time to. Raises Stopped, with the state written, if somebody wants to stop."""
+    def maybe_save(self, state: Callable[[], dict]) -> None:
+        """Write the state if it is time to. After a signal, write it and raise Stopped."""
         due = time.monotonic() - self._saved >= 60 * self.minutes
-        wish, due = distributed.all_reduce_max(self._wish or 0, due)
-        if wish:
-            self._stop(wish, state)
+        number, due = distributed.all_reduce_max(self._signal or 0, due)
+        if number:
+            self._stop(number, state)
         if due:
             self.save(state())
 
     @contextmanager
-    def calm(self, state: Callable[[], dict]) -> Iterator[None]:
+    def interruptible(self, state: Callable[[], dict]) -> Iterator[None]:
         """For long work that leaves the state as it is, such as validation: inside, a signal stops at once.
 
-        Several processes finish it, since each waits for the others in it.
+        Several processes finish the work first, since each waits for the others in it.
         """
-        self.after_step(state)
+        self.maybe_save(state)
         try:
-            self._calm = distributed.size() == 1
+            self._interruptible = distributed.size() == 1
             yield
         except _Interrupted as interrupted:
-            self._calm = False
+            self._interruptible = False
             self._stop(interrupted.number, state)
         finally:
-            self._calm = False
+            self._interruptible = False
 
     def _stop(self, number: int, state: Callable[[], dict]) -> None:
         kept = state()
@@ -154,14 +154,14 @@ class Keeper:
                       f"{self.path}; start the same command again to go on from there", CODES[number])
 
 
-def write_epoch(keeper: Keeper, state: dict) -> None:
-    """Write the end of a search's epoch. resume.pt comes last, so that what it does not know of is done again."""
-    run, epoch = keeper.run, state["epoch"]
+def write_epoch(checkpointer: Checkpointer, state: dict) -> None:
+    """Write the end of a search's epoch. resume.pt comes last: what it does not know of is repeated."""
+    run, epoch = checkpointer.run, state["epoch"]
     if distributed.rank() == 0:
         checkpoints.save(run.path("checkpoints", epoch, ".pt"), checkpoints.without_progress(state))
         write_json(run.path("genotypes", epoch, ".json"), state["genotype"])
         write_json(run.folder / "genotype.json", state["genotype"])
-    keeper.save(state)
+    checkpointer.save(state)
     run.write_metrics(state["metrics"])
 
 
@@ -180,7 +180,7 @@ def _with_fields(path, state: dict) -> dict:
 
 
 def _check_progress(state: dict) -> tuple[list[dict], dict | None]:
-    """The metrics of a state, by epoch, and its course. Raises ValueError, or what wrong types lead to."""
+    """The metrics of a state, by epoch, and its EpochMeter's. Raises ValueError, or what wrong types lead to."""
     metrics, course = state["metrics"], state["course"]
     if [row["epoch"] for row in metrics] != list(range(len(metrics))):
         raise ValueError("metrics of other epochs")

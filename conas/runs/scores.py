@@ -65,7 +65,7 @@ class Validation(NamedTuple):
         """For the line of an epoch: how many predictions are not finite, if some are not."""
         return f"  ({remark(self.not_finite, self.count)})" if self.not_finite else ""
 
-    def remarks(self) -> dict:
+    def extra_metrics(self) -> dict:
         """For the epoch's line of metrics: the number of predictions that are not finite, if some are not."""
         return {"not_finite": self.not_finite} if self.not_finite else {}
 

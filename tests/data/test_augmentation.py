@@ -10,7 +10,7 @@ from cnn_space2.architect import Architect
 from cnn_space2.model_search import Network
 from conas import cli
 from conas.commands import search, train
-from conas.data import imagenet_augment as photographs
+from conas.data import imagenet_augment
 from conas.data.augment import crop_and_flip, cutout, least_visible, mirrored_classes, padding
 from conas.data.batches import Stream
 from conas.data.images import DATASETS, load
@@ -98,11 +98,11 @@ def test_the_longest_square_that_is_let_through_leaves_something_in_every_batch(
 
 def test_boxes_of_photographs_are_never_empty():
     for size in (8, 9, 12, 33, 224):
-        side = photographs.canvas(size)
-        draws = photographs.draw(2000, side, True, generator("boxes", size))
+        side = imagenet_augment.canvas(size)
+        draws = imagenet_augment.draw(2000, side, True, generator("boxes", size))
         assert draws.box[:, 2:].min() >= 2 and (draws.box[:, 2:].prod(1) >= 0.05 * side**2).all()
         some = draws.of(slice(0, 50))
-        white = photographs.crop_and_resize(torch.full((50, 3, side, side), 200.0), some, size)
+        white = imagenet_augment.crop_and_resize(torch.full((50, 3, side, side), 200.0), some, size)
         assert torch.allclose(white, torch.tensor(200.0), atol=0.01)
 
 

@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import ColorJitter, RandomResizedCrop
 from torchvision.transforms.v2 import functional as reference
 
-from conas.data import imagenet_augment as photographs
+from conas.data import imagenet_augment
 from conas.data.batches import Stream
 from conas.data.imagenet_augment import canvas, crop_and_resize, draw, jitter
 from conas.data.images import load
@@ -45,7 +45,8 @@ def test_draws_are_distributed_as_torchvisions():
     """Quantiles of 4000 draws each; their standard error is below 0.008 of the range."""
     torch.manual_seed(0)
     ours, side = draw(4000, 100, True, generator("draws")), 100
-    crops = torch.tensor([RandomResizedCrop.get_params(torch.empty(3, side, side), photographs.AREA, photographs.RATIO)
+    area, ratio = imagenet_augment.AREA, imagenet_augment.RATIO
+    crops = torch.tensor([RandomResizedCrop.get_params(torch.empty(3, side, side), area, ratio)
                           for _ in range(4000)])
     changes = [ColorJitter.get_params(*[(0.6, 1.4)] * 3, (-0.2, 0.2)) for _ in range(4000)]
     factors = torch.tensor([change[1:] for change in changes])
@@ -70,8 +71,8 @@ def test_boxes_lie_in_the_image_and_are_all_of_it_when_none_fits(monkeypatch):
         for begin, length in ((top, height), (left, width)):
             ends = (begin + length)[length < side]
             assert (begin + length).max() == ends.max() == side
-    monkeypatch.setattr(photographs, "AREA", (1.0, 1.0))  # no box of this area and another shape fits
-    monkeypatch.setattr(photographs, "RATIO", (1.2, 1.3))
+    monkeypatch.setattr(imagenet_augment, "AREA", (1.0, 1.0))  # no box of this area and another shape fits
+    monkeypatch.setattr(imagenet_augment, "RATIO", (1.2, 1.3))
     assert draw(5, 57, True, generator(0)).box.tolist() == [[0, 0, 57, 57]] * 5
 
 

@@ -34,15 +34,15 @@ from conas.darts.architect import Bilevel
 from conas.darts.published import GENOTYPES
 from conas.runs.checkpoint import load
 from conas.runs.folder import Run
-from conas.runs.resume import Keeper
+from conas.runs.resume import Checkpointer
 from tests.helpers.launch import LIBRARIES
 
 SMALL = ["--dataset", "digits", "--subset", "64", "--init_channels", "2", "--layers", "3", "--batch_size", "16",
          "--epochs", "2", "--device", "cpu", "--checkpoint_minutes", "0"]  # a state after every step
 PLACES = [(os, "replace"), (os, "fsync"), (Path, "write_bytes"), (Path, "write_text"), (Bilevel, "step"),
           (Bilevel, "grad_weights"), (Bilevel, "hessian_vector"), (torch.optim.Adam, "step"), (torch.optim.SGD, "step"),
-          (search, "validate"), (train, "validate"), (search, "draw_genotype"), (Keeper, "load"), (Keeper, "save"),
-          (Run, "write_metrics")]
+          (search, "validate"), (train, "validate"), (search, "draw_genotype"), (Checkpointer, "load"),
+          (Checkpointer, "save"), (Run, "write_metrics")]
 
 
 def run_search(folder: Path) -> Path:

@@ -16,7 +16,7 @@ from conas.recurrent.model import RecurrentNetwork
 from conas.recurrent.text import load_corpus
 from conas.recurrent.train import Average, should_average
 from conas.runs import checkpoint as checkpoints
-from conas.runs.resume import Keeper
+from conas.runs.resume import Checkpointer
 from rnn import genotypes
 from rnn.architect import Architect
 from rnn.model_search import Network
@@ -135,12 +135,12 @@ def test_a_killed_run_goes_on_with_the_same_bits(runs, kind, tmp_path, monkeypat
     def run(save: str, end: int | None = None) -> Path:
         steps = itertools.count(1)
 
-        def after_step(self, state):
+        def maybe_save(self, state):
             if next(steps) == end:
                 raise Killed
-            Keeper_after_step(self, state)
+            original(self, state)
 
-        monkeypatch.setattr(Keeper, "after_step", after_step)
+        monkeypatch.setattr(Checkpointer, "maybe_save", maybe_save)
         command = [*flags, "--save", save]
         if kind == "search":
             language_search.main(folder, Network, Architect, "", command)
@@ -148,7 +148,7 @@ def test_a_killed_run_goes_on_with_the_same_bits(runs, kind, tmp_path, monkeypat
             language_train.main(folder, genotypes, "", command)
         return folder / f"{kind}-{save}"
 
-    Keeper_after_step = Keeper.after_step
+    original = Checkpointer.maybe_save
     whole = run("whole")
     for end in (1, 3, 2, 9, 14):
         with pytest.raises(Killed):

@@ -8,7 +8,7 @@ import torch
 from conas.errors import InputError
 from conas.recurrent.model import Masks, RecurrentNetwork, TextBatch
 from conas.recurrent.options import DropoutOptions
-from conas.recurrent.steps import Reader, Schedule, TextCourse, evaluate, validation_text
+from conas.recurrent.steps import Reader, Schedule, TextMeter, evaluate, validation_text
 from conas.recurrent.text import CORPORA, Text, load_corpus, random_lengths
 from rnn import genotypes
 
@@ -155,8 +155,8 @@ def test_a_vocabulary_of_one_word_has_perplexity_one(tmp_path):
 def test_a_loss_that_is_not_finite_names_its_place(small):
     corpus, network = small
     text = Text(corpus, "train", 3)
-    course = TextCourse("x", 2, Schedule(text, 7, 0.0, DropoutOptions(), seed=1), 50)
+    meter = TextMeter("x", 2, Schedule(text, 7, 0.0, DropoutOptions(), seed=1), 50)
     with pytest.raises(InputError, match="epoch 2 at batch 1, counted from 0, of the text's rows from 7"):
-        for step in course:
+        for step in meter:
             tokens, targets = text.piece(0, 7)
-            course.add(torch.tensor(float("nan") if step else 1.0), TextBatch(tokens, targets, network.initial(3)))
+            meter.add(torch.tensor(float("nan") if step else 1.0), TextBatch(tokens, targets, network.initial(3)))

@@ -16,7 +16,7 @@ from conas.files import check_zip
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run
 from conas.runs.options import TestOptions
-from conas.runs.resume import Keeper
+from conas.runs.resume import Checkpointer
 from conas.runs.scores import Scores, load_scores, save_scores
 from tests.ensemble.test_committee import make_scores
 from tests.helpers.hostile import VALUES, changed, damaged, examples, fuzz, refused
@@ -96,7 +96,7 @@ def test_a_damaged_resume_file_is_refused_or_unharmed(folder, whole):
     @given(content=damaged(content))
     def check(content):
         (run / "resume.pt").write_bytes(content)
-        found = refused(run / "resume.pt", lambda: Keeper(Run(run, {}), 1).load(ABOUT), "resume.pt")
+        found = refused(run / "resume.pt", lambda: Checkpointer(Run(run, {}), 1).load(ABOUT), "resume.pt")
         assert found is None or equal(found, good)
     check()
 

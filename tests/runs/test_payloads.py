@@ -22,7 +22,7 @@ from conas.exchange.cells import find_genotype
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run, read_arguments
 from conas.runs.options import TestOptions
-from conas.runs.resume import Keeper
+from conas.runs.resume import Checkpointer
 from conas.runs.scores import load_scores
 from ensemble import study, study_runs
 from ensemble.combine.network import load_committee
@@ -55,7 +55,7 @@ def published(path: Path):
 OPENED = {
     f"{RUN}/checkpoints/epoch_000.pt": lambda root, path: lambda: scores_for(space(root), path, TestOptions()),
     "train-EXP/checkpoints/best.pt": lambda root, path: lambda: checkpoints.load(path),
-    "run/resume.pt": lambda root, path: lambda: Keeper(Run(path.parent, {}), 1).load(ABOUT),
+    "run/resume.pt": lambda root, path: lambda: Checkpointer(Run(path.parent, {}), 1).load(ABOUT),
     "model_path.pt": lambda root, path: published(path),
     "model_path.safetensors": lambda root, path: published(path),
     "init_from.pt": lambda root, path: lambda: arch.load_pretrained(str(path)),

@@ -18,7 +18,7 @@ from conas.data.batches import Stream
 from conas.errors import InputError, Stopped
 from conas.runs.checkpoint import load
 from conas.runs.folder import Run
-from conas.runs.progress import Course
+from conas.runs.progress import EpochMeter
 from tests.conftest import ROOT
 from tests.helpers.crash import SMALL, differences, everything, in_child, run_search, run_training
 
@@ -162,7 +162,7 @@ def test_one_process_at_a_time(cut):
 
 def test_the_clock_writes_states(tmp_path, monkeypatch):
     written = []
-    monkeypatch.setattr("conas.runs.resume.Keeper.save", lambda self, state: written.append(state["course"]))
+    monkeypatch.setattr("conas.runs.resume.Checkpointer.save", lambda self, state: written.append(state["course"]))
     run(tmp_path / "cnn_space2")
     assert [course and course["step"] for course in written] == [1, 2, 2, None, 1, 2, 2, None]
     written.clear()
@@ -237,10 +237,10 @@ def test_the_gradient_may_be_what_is_not_finite():
 def test_a_course_of_skipped_steps_only():
     class Two:
         steps, device = 2, torch.device("cpu")
-    course = Course("", 0, Two(), 1, skip=True)
+    meter = EpochMeter("", 0, Two(), 1, skip=True)
     with pytest.raises(InputError, match="every step of epoch 0 was skipped"):
-        for _ in course:
-            course.add(torch.tensor(torch.nan), torch.tensor(0), 4)
+        for _ in meter:
+            meter.add(torch.tensor(torch.nan), torch.tensor(0), 4)
 
 
 def test_training_goes_on_from_within_an_epoch(tmp_path, monkeypatch):
