@@ -1,14 +1,14 @@
-"""The exceptions that end a script in one line: bad input with exit code 2, a wish to stop with 130 or 143."""
+"""The exceptions that end a script with one line: bad input with exit code 2, a request to stop with 130 or 143."""
 
 
 class InputError(Exception):
-    """Bad input. The message is one line that names the file or flag and says how to mend it."""
+    """Bad input. The message is one line that names the file or flag and says how to fix it."""
 
 
 class Stopped(Exception):
-    """Somebody wants the script to stop, by Ctrl-C or SIGTERM; `code` is the exit code that this has by custom.
+    """A request to stop, by Ctrl-C or SIGTERM; `code` is the conventional exit code for it.
 
-    Or it has to stop, with code 1, since another process that it computes with is gone.
+    Or, with code 1, the need to stop because another process of the same run is gone.
     """
 
     def __init__(self, message: str, code: int):

@@ -32,7 +32,7 @@ SMALLER = {"batch_size": "a smaller --batch_size", "image_size": "a smaller --im
 
 
 def is_out_of_memory(error: BaseException | None) -> bool:
-    """Whether an error, or what it was raised from, says that memory could not be had, on whatever device."""
+    """Return True if an error, or what it was raised from, says that memory could not be had, on whatever device."""
     while error is not None:
         if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno == errno.ENOMEM):
             return True

@@ -31,7 +31,7 @@ def absolute(path: str, *bases: str | Path) -> str:
 
 
 def is_path(value: str, suffixes: str | tuple[str, ...]) -> bool:
-    """Whether a value ends in one of these, or is FILE:NAME where FILE does."""
+    """Return True if a value ends in one of these, or is FILE:NAME where FILE does."""
     return value.endswith(suffixes) or (":" in value and "\n" not in value and
                                         value.rpartition(":")[0].endswith(suffixes))
 
@@ -53,7 +53,7 @@ def absolute_words(words: list[str], flags: dict[str, str | tuple[str, ...]], *b
 
 
 def same(one: object, other: object, *bases: str | Path) -> bool:
-    """Whether two values are equal or, if both are texts, name one place, seen from here or from one of `bases`."""
+    """Return True if two values are equal or, if both are texts, name one place, seen from here or one of `bases`."""
     if one == other:
         return True
     if not (isinstance(one, str) and isinstance(other, str)) or "\0" in one + other:
@@ -103,15 +103,15 @@ def find_data(checkpoint: Path, recorded: str, given: str | None = None) -> Path
     if "\0" in recorded:
         raise InputError(f"{checkpoint}: the folder of its data has no possible name; name theirs with --data")
     run = Path(os.path.abspath(checkpoint)).parent.parent
-    if (mended := read_moved(run).get(recorded)) is not None and Path(mended).is_dir():
-        return Path(mended)
-    places = Path(absolute(recorded, run.parent, run.parent.parent)), *moved_along(run, mended or recorded)
+    if (found := read_moved(run).get(recorded)) is not None and Path(found).is_dir():
+        return Path(found)
+    places = Path(absolute(recorded, run.parent, run.parent.parent)), *moved_along(run, found or recorded)
     for place in places:
         if place.is_dir():
             if place != places[0]:
                 _say(f"{run}: its data were in {recorded}, and have moved with it to {place}")
             return place
-    raise InputError(f"{checkpoint}: its data were in {mended or recorded}, and there is no such folder; name theirs "
+    raise InputError(f"{checkpoint}: its data were in {found or recorded}, and there is no such folder; name theirs "
                      "with --data, once for this run")
 
 
@@ -132,7 +132,7 @@ def remember_data(run: Path, recorded: str, now: str | Path) -> None:
 
 
 def read_moved(run: Path) -> dict[str, str]:
-    """What --data has mended in the folder of a run. Raises InputError if its record is damaged."""
+    """The places that --data has recorded in the folder of a run. Raises InputError if its record is damaged."""
     try:
         moved = read_json(run / MOVED)
     except (FileNotFoundError, NotADirectoryError):

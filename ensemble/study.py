@@ -127,8 +127,8 @@ def check_flags(flag: str, text: str, groups: Sequence[type]) -> list[str]:
 
 
 def read_plan(path: Path) -> dict:
-    """Raises InputError if the file is missing or is no plan: one that starts anything but this project's scripts in
-    this project's spaces is none."""
+    """The plan in a file. Raises InputError if it is missing or is no plan: one that starts anything but this project's
+    scripts in this project's spaces is none."""
     try:
         content = read_json(path)
     except FileNotFoundError as error:
@@ -216,7 +216,7 @@ def _with_absolute_paths(content: dict) -> dict:
 
 
 def write_plan(path: Path, content: dict) -> None:
-    """Raises InputError instead of overwriting another plan."""
+    """Raise InputError instead of overwriting another plan."""
     if path.exists() and _with_absolute_paths(read_plan(path)) != content:
         raise InputError(f"{path}: is another plan; give this one another name, or delete that")
     write_json(path, content)

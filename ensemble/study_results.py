@@ -54,7 +54,7 @@ def last_folder(run: dict) -> Path:
 
 
 def is_here(plan: Path, run: dict) -> bool:
-    """Whether the results of a run can be had: it is finished, or was kept."""
+    """Return True if the results of a run can be had: it is finished, or was kept."""
     return finished(last_folder(run)) or (kept_folder(plan, run) / "run.json").is_file()
 
 

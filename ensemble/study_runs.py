@@ -184,7 +184,7 @@ def command_folder(run: dict, command: list[str]) -> Path:
 
 
 def finished(folder: Path) -> bool:
-    """Whether a run's last epoch has its checkpoint."""
+    """Return True if a run's last epoch has its checkpoint."""
     try:
         return max(list_checkpoints(folder)) + 1 == read_arguments(folder).get("epochs")
     except InputError:

@@ -32,7 +32,7 @@ from conas.engine.precision import compiler_works, use_bf16
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
 from conas.runs import code
-from conas.runs.best import best_epoch, mend_best, require_best
+from conas.runs.best import best_epoch, repair_best, require_best
 from conas.runs.folder import begun_with, best_checkpoint, folder_name, suffixes_of
 from conas.runs.loop import Loop
 from conas.runs.options import (
@@ -146,7 +146,7 @@ class TrainRun(Loop):
 
     def resume(self) -> None:
         super().resume()
-        mend_best(self.run, self.metrics)
+        repair_best(self.run, self.metrics)
 
     def is_finished(self) -> bool:
         return is_finished(self.metrics, self.flags.epochs, self.flags.patience)
@@ -261,7 +261,7 @@ def split(labels: Tensor, held_out: HeldOutOptions) -> list[Tensor]:
 
 
 def is_finished(metrics: list[dict], epochs: int, patience: int | None) -> bool:
-    """Whether all epochs are done, or `patience` of them since the best; as long as there is none, since the start."""
+    """Return True if all epochs are done, or `patience` of them since the best one, or since the start without one."""
     best = best_epoch(metrics)
     waited = len(metrics) - (0 if best is None else best + 1)
     return len(metrics) >= epochs or (patience is not None and waited >= patience)

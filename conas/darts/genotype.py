@@ -127,7 +127,7 @@ def check(genotype: Genotype, where: str, operations: Collection[str] | None) ->
                                  "; an operation of a space's own must be in OPERATIONS of its genotypes.py")
             if not 0 <= source < 2 + index // 2:
                 raise InputError(f"{where}: {kind} edge {index} comes from state {source}, but node {index // 2} "
-                                 f"hears only states 0 to {1 + index // 2}")
+                                 f"reads only states 0 to {1 + index // 2}")
         if not concat or len(set(concat)) != len(concat) or not set(concat) <= set(range(2, 2 + len(edges) // 2)):
             raise InputError(f"{where}: {kind}_concat {concat} must list distinct nodes of the cell, "
                              f"states 2 to {1 + len(edges) // 2}")

@@ -1,6 +1,6 @@
 """The primitives of a space: the candidate operations, the same on all edges of a cell or others on each.
 
-A cell has 2 inputs (states 0 and 1) and NODES intermediate nodes; every node hears all earlier states.
+A cell has 2 inputs (states 0 and 1) and NODES intermediate nodes; every node reads all earlier states.
 """
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache

@@ -1,4 +1,4 @@
-"""Augmentation of whole batches: random crop, horizontal flip and Cutout, drawn anew for every image.
+"""Augmentation of whole batches: random crop, horizontal flip and Cutout, drawn independently for every image.
 
 Draws are made on the CPU and applied on the device of the images, so that every device sees the same batch; nothing
 here waits for the device.

@@ -94,7 +94,7 @@ def _by_torchvision(files: ImageFiles, i: int, image_size: int, decode_jpeg: Dec
 
 
 def is_plain(content: bytes, side: int) -> bool:
-    """Whether these are a JPEG file of side x side pixels that Pillow's decoder passes on as libjpeg decodes it.
+    """Return True if these are a JPEG file of side x side pixels that Pillow's decoder passes on as libjpeg decodes it.
 
     That is: 8 bits, grey or three colours, baseline or progressive Huffman coding, and nothing that may hold an
     orientation, a colour profile, or further pictures.

@@ -136,7 +136,7 @@ def _rows(path: Path, classes: set[str]) -> list[tuple[str, str]]:
         check_regular(path)
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: cannot be read as text ({error}); mend it or take it away") from error
+        raise InputError(f"{path}: cannot be read as text ({error}); fix or remove it") from error
     rows = []
     for line in lines:
         between = next((mark for mark in "\t,;" if mark in line), None)
@@ -151,7 +151,7 @@ def _folders(folder: Path) -> set[str]:
 
 
 def _is_sorted(folder: Path, classes: set[str]) -> bool:
-    """Whether a part has class folders."""
+    """Return True if a part has class folders."""
     folders = _folders(folder)
     return len(folders) > 1 or bool(folders & classes)
 

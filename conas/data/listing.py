@@ -57,7 +57,7 @@ class Listing:
         self.notes: list[str] = []  # of folders that are not read
 
     def takes(self, name: str) -> bool:
-        """Whether the file of this name is an image that is read; else it is counted."""
+        """Return True if the file of this name is an image that is read; else it is counted."""
         suffix = suffix_of(name)
         if suffix in self.suffixes:
             return True
@@ -86,7 +86,7 @@ class Listing:
         return listing
 
     def enter(self, folder: str) -> bool:
-        """Whether a folder is entered for the first time; links may lead to one again, or in a circle."""
+        """Return True if a folder is entered for the first time; links may lead to one again, or in a circle."""
         before = len(self.entered)
         self.entered.add(os.path.realpath(folder))
         return len(self.entered) > before

@@ -183,7 +183,7 @@ def _folder(root: Path, split: str, listing: Listing) -> Source:
 
 
 def is_split_here(dataset: str, root: Path, follow_links: bool = False) -> bool:
-    """Whether it is we who set test images aside, so that other images in the folder would make it another split."""
+    """Return True if the test images were split off here, so that other images in the folder would change the split."""
     return dataset == "folder" and not find_layout(root, follow_links).test
 
 

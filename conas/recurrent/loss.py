@@ -3,8 +3,8 @@
 Logits of all words at all time steps would be by far the largest tensor of a language model. They are never there all
 at once: a piece of some hundred rows is computed, its loss and its part of the gradients are taken, and the next piece
 overwrites it, in memory that mostly stays in a cache. With e = exp(logits - their maximum) and z = sum(e), row by row,
-the gradient by the logits is e / z less the right answer; 1 / z and the right answers are put where they cost least: on
-what is multiplied with e, and on the products.
+the gradient w.r.t. the logits is e / z minus the one-hot target; 1 / z and the target are applied where that costs
+least: to what is multiplied with e, and to the products.
 """
 import torch
 from torch import Tensor

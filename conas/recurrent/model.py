@@ -31,9 +31,9 @@ class Masks(NamedTuple):
     """Dropout of one sequence: factors, 0 or 1 / (1 - p), the same at all time steps; None drops nothing."""
 
     words: Tensor | None = None    # (V, 1): whole words of the embedding
-    inputs: Tensor | None = None   # (B, H): what the cell hears of a word
-    hidden: Tensor | None = None   # (B, H): what a step hears of a state
-    outputs: Tensor | None = None  # (B, H): what the decoder hears
+    inputs: Tensor | None = None   # (B, H): what the cell reads of a word
+    hidden: Tensor | None = None   # (B, H): what a step reads of a state
+    outputs: Tensor | None = None  # (B, H): what the decoder reads
 
 
 NOTHING_DROPPED = Masks()
@@ -119,7 +119,7 @@ class LanguageModel(nn.Module):
         return logits.log_softmax(dim=2), outputs[-1]
 
     def _outputs(self, batch: TextBatch, weights: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The cell's outputs, as the decoder hears them and as they are."""
+        """The cell's outputs, as the decoder reads them and as they are."""
         words, W0 = weights["encoder.weight"], weights["rnns.0._W0"]
         Ws = [weights[f"rnns.0._Ws.{i}"] for i in range(len(self.rnns[0]._Ws))]
         masks, units = batch.masks, words.shape[1]
@@ -165,7 +165,7 @@ class RecurrentSupernet(LanguageModel):
         self.alphas_recurrent = nn.Parameter(1e-3 * torch.randn(EDGES, len(self.primitives)))
         self.statistics = Statistics()  # see `conas.darts.passes.frozen_statistics`
         self._active = sorted((k for k, name in enumerate(self.primitives) if name not in ("none", "identity")),
-                              key=lambda k: self.primitives[k] != "relu")  # as `run_supernet` wants them
+                              key=lambda k: self.primitives[k] != "relu")  # as `run_supernet` needs them
 
     def run(self, x: Tensor, hidden: Tensor, W_hidden: Tensor, Ws: Sequence[Tensor], mask: Tensor | None) -> Tensor:
         bn = self.rnns[0].bn

@@ -83,7 +83,7 @@ class _Call:
 
 
 def _stub(name: str) -> type:
-    """A class whose objects do nothing but keep what they are made from. Made anew for each file."""
+    """A class whose objects do nothing but keep what they are made from. Created for each file."""
     def new(cls, *arguments):
         made = object.__new__(cls)
         made.arguments, made.attributes = arguments, {}

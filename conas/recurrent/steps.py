@@ -68,7 +68,7 @@ class LanguageBilevel(Bilevel):
 
 @contextmanager
 def without_alphas(network: LanguageModel) -> Iterator[None]:
-    """Inside, passes do not prepare for a gradient by the alphas, which costs as much as that of the weights."""
+    """Inside, passes do not prepare for a gradient w.r.t. the alphas, which costs as much as that of the weights."""
     alphas = [p for name, p in network.named_parameters() if name.startswith("alphas_")]
     try:
         for alpha in alphas:

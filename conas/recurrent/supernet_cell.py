@@ -5,10 +5,11 @@ a step adds over its edges
 
     sum_k p_k (s + c (f_k(h) - s))  =  P s + c (sum_k p_k f_k(h) - P s)
 
-so that c and s meet the mixture of activations once instead of once for each of them. What the gradient of a new state
-is multiplied by on its way back through an edge is made in the forward pass, while its parts are in a cache: three
-tensors an edge are kept, and the backward pass is little more than its matrix products. If the alphas have a gradient,
-the terms of the left side are kept too: the gradient by p_k is their product with that of the new state.
+so that c and s are combined with the mixture of activations once instead of once for each of them. The factors by
+which the backward pass multiplies the gradient of a new state are computed in the forward pass, while their parts are
+in cache: three tensors per edge are kept, and the backward pass is little more than its matrix products. If the alphas
+need a gradient, the terms of the left side are kept too: the gradient w.r.t. p_k is their product with that of the new
+state.
 
 See `found_cell` for shapes and for what the two have in common. There are E = 36 edges and K activations.
 """

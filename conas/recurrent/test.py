@@ -71,7 +71,7 @@ def differences(network: RecurrentNetwork, corpus: Corpus, cell: Genotype | None
 
 
 def is_pickled(path: Path) -> bool:
-    """Whether a file needs `conas.recurrent.pickled`: torch's safe reader refuses it, or finds no dictionary in it."""
+    """Return True if a file needs `conas.recurrent.pickled`: torch's safe reader refuses it, or finds no dictionary."""
     if path.suffix == checkpoints.SAFETENSORS or not path.is_file():
         return False
     try:

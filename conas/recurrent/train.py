@@ -35,7 +35,7 @@ from conas.recurrent.steps import (
 from conas.recurrent.text import Text, load_corpus
 from conas.runs import checkpoint as checkpoints
 from conas.runs import code
-from conas.runs.best import best_epoch, mend_best, require_best
+from conas.runs.best import best_epoch, repair_best, require_best
 from conas.runs.folder import best_checkpoint, folder_name
 from conas.runs.loop import Loop
 from conas.runs.preflight import check_outputs, check_space
@@ -82,9 +82,9 @@ class Average:
 
 
 def should_average(losses: list[float], nonmono: int) -> bool:
-    """Whether the validation loss has stopped to improve: the last is worse than the best, not counting the `nonmono`
-    before it (NT-ASGD, Merity et al., arXiv:1708.02182, algorithm 1). A loss that is not finite is worse than all
-    others."""
+    """Return True if the validation loss has stopped improving: the last is worse than the best, not counting the
+    `nonmono` before it (NT-ASGD, Merity et al., arXiv:1708.02182, algorithm 1). A loss that is not finite is worse than
+    all others."""
     *earlier, last = (loss if math.isfinite(loss) else math.inf for loss in losses)
     return len(earlier) > nonmono and last > min(earlier[:-nonmono])
 
@@ -159,7 +159,7 @@ class TrainRun(Loop):
     def resume(self) -> None:
         super().resume()
         with network_of(self.average):
-            mend_best(self.run, self.metrics, None if self.unfinished else self.checkpoint(len(self.metrics) - 1))
+            repair_best(self.run, self.metrics, None if self.unfinished else self.checkpoint(len(self.metrics) - 1))
 
     def finished_before(self) -> None:
         super().finished_before()

@@ -1,7 +1,7 @@
 """Memory for the large tensors of a pass over a sequence, handed on from each pass to the next.
 
 A CPU's C library gives large tensors back to the system when they are freed, which clears and maps every page of the
-next ones anew: a sixth of the time of a search step at DARTS' size. `conas.memory` tells the library not to, but it
+next ones again: a sixth of the time of a search step at DARTS' size. `conas.memory` tells the library not to, but it
 follows only up to some size. Here a pass borrows memory and gives it back at the end of its backward pass. A process
 stays as large as it was at its peak.
 """

@@ -39,8 +39,8 @@ def require_best(run: Run, metrics: Sequence[dict], advice: str = LOWER) -> dict
     return metrics[best]
 
 
-def mend_best(run: Run, metrics: list[dict], last: dict | None = None) -> None:
-    """Put right a best.pt of an epoch whose predictions are NaN, as version 0.1.0 could write it.
+def repair_best(run: Run, metrics: list[dict], last: dict | None = None) -> None:
+    """Correct a best.pt of an epoch whose predictions are NaN, as version 0.1.0 could write it.
 
     The best of those epochs whose checkpoints are on disk takes its place; better ones that are not on disk are marked
     as `lost` in the metrics. If none is left, best.pt goes. What was in it is kept as an ordinary checkpoint.
@@ -55,7 +55,7 @@ def mend_best(run: Run, metrics: list[dict], last: dict | None = None) -> None:
             return checkpoints.load(own)
         return last if epoch == len(metrics) - 1 else None
 
-    def mend() -> list[int]:
+    def repair() -> list[int]:
         path, rows, lost = run.folder / "checkpoints" / "best.pt", [dict(row) for row in metrics], []
         wrong, best = checkpoints.load(path) if path.exists() else None, best_epoch(metrics)
         held, checkpoint = wrong and wrong["epoch"], None
@@ -77,5 +77,5 @@ def mend_best(run: Run, metrics: list[dict], last: dict | None = None) -> None:
             checkpoints.save(path, checkpoint)
         return lost
 
-    for epoch in distributed.from_rank0(mend):
+    for epoch in distributed.from_rank0(repair):
         metrics[epoch]["lost"] = True

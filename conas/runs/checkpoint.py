@@ -94,7 +94,7 @@ def load(path: str | Path) -> dict:
 
 
 def is_ours(content: object) -> bool:
-    """Whether what `read` gave was written by `save` or `export`, and not by DARTS' code."""
+    """Return True if what `read` gave was written by `save` or `export`, and not by DARTS' code."""
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 

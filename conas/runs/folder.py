@@ -144,7 +144,7 @@ def read_arguments(folder: Path) -> dict:
 
 
 def predates(folder: Path, flag: str) -> bool:
-    """Whether `folder` holds a run that began before there was the flag. Raises InputError for a damaged args.json."""
+    """Return True if `folder` holds a run from before the flag existed. Raises InputError for a damaged args.json."""
     return (folder / "args.json").exists() and flag not in _stored_arguments(folder)
 
 
@@ -191,7 +191,7 @@ def _differences(folder: Path, before: dict, now: dict, may_extend: bool) -> str
 
 
 def _has_saved(folder: Path) -> bool:
-    """Whether a run has kept anything of its steps."""
+    """Return True if a run has kept anything of its steps."""
     return any(next(folder.glob(pattern), None) for pattern in (
         "resume*.pt", "checkpoints/*", "genotypes/*", "genotype.json", "metrics.jsonl"))
 

@@ -115,7 +115,7 @@ def _table(path: str | Path, values: Mapping, right: Mapping[str, Callable[[obje
 
 
 def is_plain(value: object) -> bool:
-    """Whether a value is made of numbers, texts, None, lists and dicts by name, not too many and not too deep.
+    """Return True if a value is made of numbers, texts, None, lists and dicts by name, not too many and not too deep.
 
     Counts what a list holds as often as it is reached: 50 lists can otherwise spell 2**50 values.
     """
@@ -140,7 +140,7 @@ def is_plain(value: object) -> bool:
 
 
 def is_state(value: object) -> bool:
-    """Whether a value is a dict of ordinary tensors by name, with no more elements than there is memory behind them."""
+    """Return True if a value is a dict of ordinary tensors by name, whose elements all have memory behind them."""
     if not isinstance(value, dict) or not all(isinstance(name, str) and _is_ordinary(t) for name, t in value.items()):
         return False
     encoder, decoder = value.get("encoder.weight"), value.get("decoder.weight")
@@ -156,7 +156,7 @@ def _is_ordinary(tensor: object) -> bool:
 
 
 def is_large(checkpoint: dict) -> bool:
-    """Whether a checkpoint describes a network so large that its tensors have to be looked at before it is built."""
+    """Return True if a checkpoint describes a network so large that its tensors are checked before it is built."""
     network, cell = checkpoint["network"], checkpoint["genotype"].get("normal", ())
     if "words" in network:
         return True

@@ -30,7 +30,7 @@ def fit_temperatures(logits: Tensor, labels: Tensor) -> Tensor:
     own = own_MN.mean(dim=1)
 
     def too_cold(T_M: Tensor) -> Tensor:
-        """Whether members are surer than right at these temperatures, so that higher ones lower the NLL."""
+        """Return True if members are more confident than right at these temperatures: higher ones lower the NLL."""
         return (softmax(z / T_M[:, None, None]) * z).sum(dim=2).mean(dim=1) > own
 
     lowest, highest = (torch.full((len(z),), value, dtype=torch.float64, device=z.device) for value in RANGE)

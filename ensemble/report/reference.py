@@ -18,7 +18,7 @@ IMAGES = 10_000
 
 
 def applies(wanted: bool | None, committee: Committee) -> bool:
-    """Whether the published curve belongs beside a committee. `wanted` is --reference; None leaves it to the members.
+    """Return True if the published curve belongs beside a committee. `wanted` is --reference; None: the members decide.
 
     Raises InputError if it is wanted beside something else than supernets on CIFAR-10.
     """

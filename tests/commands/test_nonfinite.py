@@ -205,7 +205,7 @@ def test_a_finite_run_is_left_alone(tmp_path, trained):
     assert {path: path.read_bytes() for path in folder.rglob("*.pt")} == before
     rows = rows_of(folder)
     assert all("not_finite" not in row and "lost" not in row for row in rows)
-    best.mend_best(Run(folder, {}), rows)
+    best.repair_best(Run(folder, {}), rows)
     assert {path: path.read_bytes() for path in folder.rglob("*.pt")} == before
 
 

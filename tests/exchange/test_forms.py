@@ -147,7 +147,7 @@ TRUTH = [False, False, False, True, False, False, False]
     (changed("nni3", **{"normal/op_5_1": None}), "has no normal/op_5_1"),
     (changed("nni3") | {"normal/op_6_0": SEP}, "1 entries that are not known, normal/op_6_0 first"),
     (changed("nni3", **{"reduce/input_2_0": [0, 1]}), r"item 0 is \['max_pool_3x3', \[0, 1\]\]"),
-    (changed("nni3", **{"normal/input_2_0": 5}), "node 0 hears only states 0 to 1"),
+    (changed("nni3", **{"normal/input_2_0": 5}), "node 0 reads only states 0 to 1"),
     (changed("nni2", normal_n3_p0=[]), r"normal_n3_p0: is \[\], and no operation of NNI 2"),
     (changed("nni2", normal_n3_p0=7), "is 7, and no operation"),
     (changed("nni2", normal_n3_p0=True), "is True, and no"),
