@@ -11,12 +11,13 @@ from torch.func import functional_call
 
 from conas.darts.batchnorm import BatchNorm2d, use_exact_sums
 from conas.darts.genotype import EDGES, NODES, Genotype, derive
-from conas.darts.operations import OPERATIONS, FactorizedReduce, ReLUConvBN, choose_operations
+from conas.darts.operations import OPERATIONS, FactorizedReduce, ReLUConvBN, Zero, choose_operations
 from conas.darts.passes import constant_alphas, frozen_statistics  # noqa: F401  a space imports them from here
 from conas.darts.primitives import SOURCES
 from conas.darts.stems import add_stem, stem_outputs
 
 STEM_MULTIPLIER = 3
+NOTHING = Zero, type(None)  # add nothing to a sum
 
 
 class MixedOp(nn.Module):
@@ -33,7 +34,7 @@ class MixedOp(nn.Module):
 
     def forward(self, x: Tensor, weights: Tensor) -> Tensor:
         """The output (N, C, H', W') for a state x (N, C, H, W); `weights` (P,) is the softmax of the edge's alphas."""
-        return sum(w * op(x) for w, op in zip(weights, self._ops) if op is not None)                     # equation 2
+        return sum(w * op(x) for w, op in zip(weights, self._ops) if type(op) not in NOTHING)             # equation 2
 
 
 class SearchCell(nn.Module):
