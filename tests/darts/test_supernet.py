@@ -1,4 +1,5 @@
 """The supernet against the textbook one of the benchmarks: what it shares between edges must change no number."""
+import itertools
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -40,9 +41,16 @@ def one_by_one(monkeypatch, few=0):
     monkeypatch.setattr(running, "CONVOLVED", 0)
 
 
-@pytest.mark.parametrize("space", SPACES)
-@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-@pytest.mark.parametrize("way", ["definition", "side by side", "few side by side", "one by one", "as on a GPU"])
+WAYS = ["definition", "side by side", "few side by side", "one by one", "as on a GPU"]
+FORMATS = [torch.contiguous_format, torch.channels_last]
+# Space 1 has the operations of all others. The rest is for `make acceptance`.
+QUICK = [*itertools.product(["cnn_space1"], FORMATS[:1], WAYS), ("cnn_space2", FORMATS[1], WAYS[0]),
+         ("cnn_space3", FORMATS[1], WAYS[1])]
+
+
+@pytest.mark.parametrize("space, memory_format, way", [
+    pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow)
+    for case in itertools.product(SPACES, FORMATS, WAYS)])
 def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format, way, monkeypatch):
     if way == "one by one":
         one_by_one(monkeypatch)
