@@ -74,7 +74,7 @@ class Bilevel:
         if any(p is not now for p, now in zip(self._weights, self.network.packing())):
             raise RuntimeError("the order of the network's flat weights has changed since its architect was made; "
                                "accelerate the network first")
-        with frozen_statistics(self.network), self._replayed():
+        with frozen_statistics(self.network), self.replayed():
             gradient = self.hypergradient(train, valid, xi) if self.unrolled else self.grad_alpha(valid, self.weights())
         if skip and not gradient.isfinite().all():
             return False
@@ -142,8 +142,22 @@ class Bilevel:
         (product,) = distributed.all_reduce_mean([product], self.count(batch))
         return product
 
+    def alpha_products(self, batch: Batch, w: Tensor) -> Callable[[Tensor], Tensor]:
+        """The function v -> d2/da2 L(w, a) . v on `batch`, by double backward, for v as long as the flat alphas.
+
+        It keeps the graph of the gradient.
+        """
+        with by_definition(self.network):
+            gradient = _flatten(torch.autograd.grad(self._loss(batch, w.detach()), self._alphas, create_graph=True))
+
+        def product(v: Tensor) -> Tensor:
+            parts = torch.autograd.grad(gradient, self._alphas, v, retain_graph=True, materialize_grads=True)
+            return distributed.all_reduce_mean([_flatten(parts)], self.count(batch))[0]
+
+        return product
+
     @contextmanager
-    def _replayed(self) -> Iterator[None]:
+    def replayed(self) -> Iterator[None]:
         """Inside, every pass begins with the random state that there is now."""
         self._random = RandomState(self._flat.device)
         try:
