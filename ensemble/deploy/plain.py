@@ -24,7 +24,12 @@ POOLS = {nn.MaxPool2d: lambda x, stride: max_pool2d(x, 3, stride, 1),
 
 
 def plain(network: nn.Module) -> nn.Module:
-    """A network in evaluation mode as a function of images alone, with the same logits; itself it stays as it is."""
+    """A network in evaluation mode as a function of images alone, with the same logits; itself it stays as it is.
+
+    Raises TypeError for one that is not given by its definition.
+    """
+    if not isinstance(network, (Supernet, DerivedNetwork)):
+        raise TypeError(f"a {type(network).__name__} is no definition of a network")
     network = copy.deepcopy(network).eval().float().requires_grad_(False)
     if isinstance(network, Supernet) and type(network).forward is Supernet.forward and is_stem(network):
         return PlainSupernet(network)
@@ -138,6 +143,8 @@ class PlainNode(nn.Module):
         blocks, shift, pooled = [], 0, []
         for source, (mixed, weights) in enumerate(zip(edges, shares)):
             for operation, share in zip(mixed._ops, weights):
+                if operation is None:  # which this edge lacks
+                    continue
                 kind = type(operation) if _untouched(*operation.modules()) else None
                 if kind in (SepConv, DilConv):
                     first = operation.op[1]

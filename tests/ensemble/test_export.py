@@ -199,6 +199,22 @@ def test_the_example_of_the_docs_and_any_batch_without_the_repository(exported, 
             np.testing.assert_allclose(got, probabilities[:batch], atol=2e-6)
 
 
+@pytest.mark.parametrize("package", ["onnxruntime", "openvino", "tract"])
+def test_the_other_programs_of_the_docs(package, exported, probabilities, images, tmp_path):
+    if util.find_spec(package) is None or not ONNX:
+        pytest.skip(f"needs {package}")
+    text = (ROOT / "docs" / "using.md").read_text(encoding="utf-8")
+    program = next(code for code in re.findall(r"```python\n(.*?)```", text, re.S) if f", {package}\n" in code)
+    assert len(program.splitlines()) <= 11
+    shutil.copy(exported / "committee.onnx", tmp_path)
+    Image.fromarray(images[3, 0]).save(tmp_path / "digit.png")
+    (tmp_path / "program.py").write_text(program)
+    done = subprocess.run([sys.executable, "program.py", "digit.png", "L", "8"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=120)
+    best = probabilities[3].argmax()
+    assert done.stdout == f"{best} {100 * probabilities[3][best]:.1f} %\n", done.stderr
+
+
 @pytest.mark.skipif(not ONNX, reason="needs onnx, onnxruntime and onnxscript")
 def test_onnx(exported, probabilities, images):
     import onnxruntime

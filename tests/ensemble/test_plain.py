@@ -45,6 +45,10 @@ class OwnCells(Supernet):
     cell = type("Cell", (SearchCell,), {"mixed_op": Doubled})
 
 
+class OwnEdges(Supernet):
+    primitives = (("skip_connect", "sep_conv_3x3"), ("max_pool_3x3",), *[("dil_conv_5x5", "none", "skip_connect")] * 12)
+
+
 class SkipsAlone(Supernet):
     primitives = "none", "skip_connect"
 
@@ -68,7 +72,7 @@ MAKERS = {
     "space 1": (lambda: supernet("cnn_space1"), 12), "space 2, odd": (lambda: supernet("cnn_space2"), 13),
     "space 3": (lambda: supernet("cnn_space3"), 12), "space 1, stem": (lambda: supernet("cnn_space1", "imagenet"), 37),
     "own operation": (lambda: OwnSpace(4, 10, 3, 3), 12), "own cell": (lambda: OwnCells(4, 10, 3, 3), 12),
-    "skips alone": (lambda: SkipsAlone(4, 10, 3, 3), 12),
+    "own edges": (lambda: OwnEdges(4, 10, 3, 3), 12), "skips alone": (lambda: SkipsAlone(4, 10, 3, 3), 12),
     "derived": (lambda: NetworkCIFAR(4, 10, 3, True, GENOTYPES["PC_DARTS_cifar"], image_size=13), 13),
     "photographs": (lambda: NetworkImageNet(4, 10, 3, False, GENOTYPES["AmoebaNet"], image_size=37), 37),
 }
