@@ -3,7 +3,7 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from conas.errors import InputError
+from conas.errors import InputError, one_line
 
 # torch.compile, DataParallel and DistributedDataParallel, FSDP, checkpoint_wrapper: each may wrap any part of a network
 WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
@@ -30,7 +30,8 @@ def unwrapped(path: object, state: dict) -> dict:
     for name, own in parts.items():
         own = ".".join(own)
         if own in found:
-            raise InputError(f"{path}: has {own} twice, once as {name}; replace it with an intact copy")
+            raise InputError(f"{path}: has {one_line(own, 200)} twice, once as {one_line(name, 200)}; "
+                             "replace it with an intact copy")
         found[own] = state[name]
     return found
 
@@ -44,7 +45,7 @@ def differences(state: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> str:
              "unexpected": [name for name in state if name not in own],
              "of another shape": [f"{name} ({_shape(state[name])} and not {_shape(own[name])})" for name in own
                                   if name in state and state[name].shape != own[name].shape]}
-    return "; ".join(f"{kind}: {', '.join(names[:LISTED])}"
+    return "; ".join(f"{kind}: {', '.join(one_line(name, 200) for name in names[:LISTED])}"
                      + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
                      for kind, names in kinds.items() if names)
 

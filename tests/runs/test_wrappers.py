@@ -122,3 +122,10 @@ def test_the_first_tensors_that_differ_are_named(tmp_path):
                                       primitives=["skip_connect"]) | {"state": state}
     with pytest.raises(InputError, match=r"do not fit its own description .missing: cells.0"):
         checkpoints.restore_derived("a.pt", checkpoint)
+
+
+def test_names_of_tensors_are_told_in_one_line():
+    assert "\n" not in (said := differences({"a\nb": torch.zeros(1)}, {"c": torch.zeros(1)})) and "a" in said
+    with pytest.raises(InputError) as error:
+        unwrapped("a.pt", {"module.a\nb": torch.zeros(1), "a\nb": torch.ones(1)})
+    assert "\n" not in str(error.value) and "twice" in str(error.value)
