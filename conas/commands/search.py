@@ -1,17 +1,21 @@
 """Search a cell: DARTS' alternation of alpha steps and weight steps, from the first batch to the last checkpoint."""
 from collections.abc import Callable
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy
 
 from conas import distributed
 from conas.cli import find_device, parse
+from conas.commands.remedies import apply_remedies, find_interval, first_batch
 from conas.commands.scoring import validate
 from conas.commands.training_data import describe_images, training_images
-from conas.darts.architect import Batch, Bilevel, constant_alphas
+from conas.commands.weights import weight_optimizer, weight_step
+from conas.darts import genotype as genotypes
+from conas.darts.architect import Batch, Bilevel
+from conas.darts.genotype import rule_in_words
 from conas.darts.space import Space
 from conas.darts.supernet import Supernet
 from conas.data.batches import Stream, stratified_split
@@ -24,6 +28,8 @@ from conas.engine.cuda_streams import at_once
 from conas.engine.door import engine_or_reason
 from conas.engine.precision import checkpoint_cells, set_tf32, use_bf16
 from conas.errors import InputError
+from conas.files import write_json
+from conas.health.observer import Observer
 from conas.runs import checkpoint as checkpoints
 from conas.runs import code
 from conas.runs.folder import begun_with, folder_name, suffixes_of
@@ -32,6 +38,7 @@ from conas.runs.options import (
     AlphaOptions,
     AugmentOptions,
     DataOptions,
+    HealthOptions,
     KeepOptions,
     ProcessOptions,
     RunOptions,
@@ -40,43 +47,12 @@ from conas.runs.options import (
     WeightOptions,
 )
 from conas.runs.preflight import check_data, check_outputs, check_space, committee_notes
-from conas.runs.progress import EpochMeter, clip_and_step, cosine, log_not_finite, log_skipped, snapshot
+from conas.runs.progress import EpochMeter, cosine, log_not_finite, log_skipped
 from conas.runs.resume import seed_generators, write_epoch
-from conas.runs.scores import Validation, is_right
+from conas.runs.scores import Validation
 
-GROUPS = (DataOptions, AugmentOptions, SupernetOptions, WeightOptions, AlphaOptions, RunOptions, KeepOptions,
-          ProcessOptions, SpeedOptions)
-
-
-def weight_optimizer(network: Supernet, options: WeightOptions) -> torch.optim.SGD:
-    """The SGD of the weights; fused, since they are a thousand small tensors."""
-    return torch.optim.SGD(network.weights().values(), lr=options.learning_rate, momentum=options.momentum,
-                           weight_decay=options.weight_decay, fused=True)
-
-
-def weight_step(network: Supernet, optimizer: torch.optim.Optimizer, batch: Batch, grad_clip: float,
-                skip: bool = False, amp: bool = False) -> tuple[Tensor, Tensor]:
-    """One SGD step of the weights. Returns the loss and the number of right answers, on the device.
-
-    Of several processes each has its part of the batch, and the results are those of the whole batch.
-
-    With `amp`, its passes are in bfloat16; master weights and optimizer stay in float32. With `skip`, a loss or
-    gradient that is not finite leaves weights and running statistics as they were.
-    """
-    images, labels = batch
-    before = snapshot(network) if skip else None
-    w = network.flat().detach().requires_grad_()
-    with constant_alphas(network), torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
-        logits = network.with_weights(images, w)
-        loss = distributed.scaled_by_count(cross_entropy(logits, labels), len(labels))
-    loss.backward(inputs=[w])
-    weights = network.packing()
-    for p, part in zip(weights, w.grad.split([p.numel() for p in weights])):
-        part = part.view(p.shape)  # the fused optimizer takes it in the order of memory
-        p.grad = part if p.is_contiguous() else torch.empty_like(p).copy_(part)
-    hits = is_right(logits, labels).sum()
-    loss, hits = distributed.after_backward(network, optimizer, loss, hits, len(labels))
-    return clip_and_step(optimizer, loss, grad_clip, before), hits
+GROUPS = (DataOptions, AugmentOptions, SupernetOptions, WeightOptions, AlphaOptions, HealthOptions, RunOptions,
+          KeepOptions, ProcessOptions, SpeedOptions)
 
 
 class SearchRun(Loop):
@@ -92,7 +68,8 @@ class SearchRun(Loop):
 
     def __init__(self, folder: Path, network: type[Supernet], architect: type[Bilevel], description: str = "",
                  argv: list[str] | None = None):
-        data, augment, supernet, weights, alphas, options, keep, processes, speed = parse(description, GROUPS, argv)
+        data, augment, supernet, weights, alphas, health, options, keep, processes, speed = parse(
+            description, GROUPS, argv)
         self.space = Space(folder.name, folder, network)
         self.device = find_device(options.device, keep.deterministic)
         self.amp = use_bf16(speed.amp, self.device)
@@ -111,11 +88,17 @@ class SearchRun(Loop):
         check_pictures()
         if options.tensorboard:
             summary_writer()
-        groups = (data, augment, supernet, weights, alphas, options, keep, processes, speed)
+        groups = (data, augment, supernet, weights, alphas, health, options, keep, processes, speed)
         super().__init__(self.space.name, run_folder, groups, keep, suffixes=suffixes)
         self.lr_scale = processes.lr_scale
         self._read_images(data, augment)
-        self._build(architect, supernet, weights, alphas, processes, speed)
+        self._build(architect, supernet, weights, alphas, health, processes, speed)
+        self.health = Observer(
+            self.architect, first_batch(partial(Stream, self.images, self.halves[1], seed=self.flags.seed,
+                                                device=self.device, workers=data.workers), weights.batch_size),
+            every=find_interval(health, alphas, weights, processes, self.train.steps), seed=self.flags.seed,
+            epochs=weights.epochs, stop_on=health.stop_on, operations=self.space.operations,
+            C=supernet.init_channels)
         check_space(run_folder, self.network, weights.epochs)
 
     def _read_images(self, data: DataOptions, augment: AugmentOptions) -> None:
@@ -132,12 +115,13 @@ class SearchRun(Loop):
                                             augment.split_seed)
 
     def _build(self, architect: type[Bilevel], supernet: SupernetOptions, weights: WeightOptions,
-               alphas: AlphaOptions, processes: ProcessOptions, speed: SpeedOptions) -> None:
+               alphas: AlphaOptions, health: HealthOptions, processes: ProcessOptions, speed: SpeedOptions) -> None:
         seed_generators(self.flags.seed)
         info = self.images.info
         self.network = self.space.network(supernet.init_channels, info.num_classes, supernet.layers, info.channels,
                                           supernet.stem)
         self.network.to(self.device, memory_format=torch.channels_last)
+        apply_remedies(self.network, self.space, health, weights)
         self.packed, self.no_engine = engine_or_reason(self.network, processes.sync_bn, speed.engine)
         self.optimizer = weight_optimizer(self.network, weights)
         self.architect = architect(self.network, self.optimizer, arch_learning_rate=alphas.arch_learning_rate,
@@ -148,7 +132,9 @@ class SearchRun(Loop):
     # What `iterate` calls.
 
     def alpha_step(self, train: Batch, valid: Batch, lr: Tensor | float) -> None:
-        """One step of the alphas, by the space's architect.py."""
+        """One step of the alphas, by the space's architect.py; none in the first --alpha_warmup epochs."""
+        if self.warming:
+            return
         if not self.architect.step(train, valid, lr, self.skip):
             raise Skipped
 
@@ -199,7 +185,7 @@ class SearchRun(Loop):
         graph = (self.device.type == "cuda" and self.packed is not None if flags.cuda_graph is None
                  else flags.cuda_graph)
         self.graph = graph and graph_fits(self.device, self.skip, self.log)
-        self.graphs: dict[Callable, Replayed] = {}
+        self.graphs: dict[tuple[Callable, bool], Replayed] = {}
         for optimizer in (self.optimizer, self.architect.alpha_optimizer):
             on_device(optimizer, self.graph)
         self.board = Board(self.folder) if flags.tensorboard and distributed.rank() == 0 else None
@@ -207,9 +193,10 @@ class SearchRun(Loop):
         self.batches = [self.stack.enter_context(closing(stream.batches(done))) for stream in (self.train, self.valid)]
 
     def recorded(self, iterate: Callable) -> Callable:
-        if self.graph and iterate not in self.graphs:
-            self.graphs[iterate] = Replayed(iterate, self.optimizer, self.flags.batch_size, self.device, self.log)
-        return self.graphs[iterate] if self.graph else iterate
+        key = iterate, self.warming
+        if self.graph and key not in self.graphs:
+            self.graphs[key] = Replayed(iterate, self.optimizer, self.flags.batch_size, self.device, self.log)
+        return self.graphs[key] if self.graph else iterate
 
     def new_epoch(self, epoch: int, state: dict | None) -> EpochMeter:
         flags = self.flags
@@ -217,6 +204,7 @@ class SearchRun(Loop):
                                          flags.learning_rate_min)
         self.optimizer.param_groups[0]["lr"] = self.lr
         self.unchecked = self.packed is not None
+        self.warming = epoch < flags.alpha_warmup
         return EpochMeter(f"{self.name} epoch {epoch} of {flags.epochs}", epoch, self.train, flags.report_freq,
                       skip=self.skip, state=state and state["course"])
 
@@ -231,20 +219,26 @@ class SearchRun(Loop):
         self.meter.add(*result, self.train.size(self.meter.step))
 
     def validate(self) -> Validation:
+        self.signs = self.health.look(self.meter.epoch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return validate(self.network, self.images, self.halves[1], self.device, self.flags.workers)
 
     def figures(self, found: Validation) -> tuple[dict, str]:
         meter = self.meter
         return ({"learning_rate": self.lr, "train_loss": meter.loss, "train_top1": meter.top1,
-                 "valid_loss": found.loss, "valid_top1": found.top1},
+                 "valid_loss": found.loss, "valid_top1": found.top1} | self.signs,
                 f"rate {self.lr:.4f}  train {meter.loss:.4f} {meter.top1:6.2f} %  "
                 f"valid {found.loss:.4f} {found.top1:6.2f} %")
 
     def write_epoch(self) -> None:
-        write_epoch(self.checkpointer, self.state() | {"course": None})
+        if news := self.health.news(self.metrics):
+            self.log(news)
+        write_epoch(self.checkpointer, self.state() | {"course": None}, rule_in_words(self.flags.max_skips))
         if self.board is not None:
             self.board.epoch(self.metrics[-1], self.network.alphas(), self.space.primitives, self.network.genotype())
+
+    def is_finished(self) -> bool:
+        return super().is_finished() or self.health.stop(self.metrics) is not None
 
     def finish(self) -> None:
         """Print the cells that the search ends with, ready for `genotypes.py`, and draw them."""
@@ -252,10 +246,17 @@ class SearchRun(Loop):
             return
         log_skipped(self.run, self.metrics)
         log_not_finite(self.run, self.metrics)
-        genotype = self.network.genotype()
+        genotype, epoch = self.network.genotype(), len(self.metrics) - 1
+        if stop := self.health.stop(self.metrics):
+            epoch, reason = stop
+            self.log(f"stopped after epoch {len(self.metrics) - 1}: {reason}; these are the cells of epoch {epoch}")
+            genotype = genotypes.load(self.run.path("genotypes", epoch, ".json"), self.space.operations)
+            write_json(self.folder / "genotype.json", genotypes.to_json(genotype) | {
+                genotypes.RULE: f"{rule_in_words(self.flags.max_skips)}; of epoch {epoch}, since {reason}"})
         pictures = draw_genotype(genotype, self.folder / "cells")
         self.log(str(genotype))
         self.log(f"pictures of the cells: {', '.join(str(path) for path in pictures)}")
+        self.log(self.health.last_line(self.metrics, epoch, self.folder))
 
 
 def main(folder: Path, network: type[Supernet], architect: type[Bilevel], description: str,

@@ -19,6 +19,8 @@ from conas.files import read_json, write_json
 
 MOST_NODES = 64  # of a cell that somebody else has written
 
+RULE = "rule"  # in a file: by which rule the genotype was derived
+SKIP = "skip_connect"
 NAME = r"[\w.+-]{1,64}"  # of an operation
 
 Edge = tuple[str, int]  # operation, source state
@@ -58,12 +60,13 @@ class Genotype(_Cells):
         return Misfit.or_tuple(cls, values, fields)
 
 
-def strongest(alphas: Tensor, primitives: Sequence[str], kind: str = "normal") -> tuple[Tensor, Tensor]:
-    """Of every edge its best operation other than `none`, in softmax probability: that, and its index, (E,) each.
+def strongest(alphas: Tensor, primitives: Sequence[str], kind: str = "normal", without: Collection[str] = ("none",)
+              ) -> tuple[Tensor, Tensor]:
+    """Of every edge its best operation other than those `without`, in softmax probability: that, and its index, (E,).
 
     Of equal ones the first (DARTS, section 2.4). Alphas are (E, P); `primitives` are P names, or the Primitives of
-    a space, of which the edges in a `kind` of cell have theirs. Raises InputError for alphas that are not finite, which
-    say nothing.
+    a space, of which the edges in a `kind` of cell have theirs. The probability is -1 where an edge has no other.
+    Raises InputError for alphas that are not finite, which say nothing.
     """
     if not alphas.isfinite().all():
         raise InputError("no cell follows from these alphas, since some are NaN or infinite; search again with a lower "
@@ -72,38 +75,64 @@ def strongest(alphas: Tensor, primitives: Sequence[str], kind: str = "normal") -
     strength = primitives.shares(kind, alphas.detach().double().cpu())
     if primitives.restricted:
         strength[~primitives.allowed(kind)] = -1
-    if "none" in primitives:
-        strength[:, primitives.index("none")] = -1
+    strength[:, [index for index, name in enumerate(primitives) if name in without]] = -1
     best, operation = strength.max(dim=-1)
     return best, operation
 
 
-def derive_cell(alphas: Tensor, primitives: Sequence[str], edges: Tensor | None = None, kind: str = "normal"
-                ) -> list[Edge]:
+def derive_cell(alphas: Tensor, primitives: Sequence[str], edges: Tensor | None = None, kind: str = "normal",
+                max_skips: int | None = None) -> list[Edge]:
     """The two strongest incoming edges of every node, from alphas (EDGES, P), see `strongest`.
 
     An edge is as strong as `strongest` says, times its own weight in `edges` (EDGES,), if these are given. Ties go to
     the earlier edge and the earlier operation. Both edges of a node have distinct sources, since there is one edge for
     each source.
+
+    Of skip connections the `max_skips` strongest stay; on the edges of others the next operation takes their place, as
+    in P-DARTS (arXiv:1904.12760, section 3.3) and DARTS+ (arXiv:1909.06035). Raises InputError if there is no other.
     """
+    primitives = Primitives(primitives)
     best, operation = strongest(alphas, primitives, kind)
     if edges is not None:
         best = best * edges.detach().double().cpu()
-    cell, start = [], 0
+    chosen, start = [], 0
     for node in range(NODES):
         incoming = range(start, start + 2 + node)
-        for edge in sorted(incoming, key=lambda e: -best[e].item())[:2]:
-            cell.append((primitives[operation[edge]], edge - start))
+        chosen += [(edge, edge - start) for edge in sorted(incoming, key=lambda e: -best[e].item())[:2]]
         start = incoming.stop
-    return cell
+    if max_skips is not None:
+        check_max_skips(max_skips, primitives, kind)
+        skips = sorted((edge for edge, _ in chosen if primitives[operation[edge]] == SKIP),
+                       key=lambda e: (-best[e].item(), e))
+        _, instead = strongest(alphas, primitives, kind, ("none", SKIP))
+        operation[skips[max_skips:]] = instead[skips[max_skips:]]
+    return [(primitives[operation[edge]], source) for edge, source in chosen]
+
+
+def check_max_skips(max_skips: int, primitives: Sequence[str], kind: str = "normal") -> None:
+    """Raise InputError if an edge has nothing that could take the place of its skip connection."""
+    for number, names in enumerate(Primitives(primitives).by_edge[kind]):
+        if SKIP in names and not set(names) - {"none", SKIP}:
+            raise InputError(f"--max_skips {max_skips}: edge {number} of {kind} cells has no operation besides {SKIP}; "
+                             "leave it out")
 
 
 def derive(alphas_normal: Tensor, alphas_reduce: Tensor, primitives: Sequence[str],
-           edges: tuple[Tensor | None, Tensor | None] = (None, None)) -> Genotype:
-    """The genotype of a pair of alphas, each (EDGES, P); the rest is as of `derive_cell`."""
+           edges: tuple[Tensor | None, Tensor | None] = (None, None), max_skips: int | None = None) -> Genotype:
+    """The genotype of a pair of alphas, each (EDGES, P); the rest is as of `derive_cell`.
+
+    `max_skips` holds for the normal cell: in the other one, a skip connection of stride 2 has weights.
+    """
     concat = range(2, 2 + NODES)
-    return Genotype(derive_cell(alphas_normal, primitives, edges[0], "normal"), concat,
+    return Genotype(derive_cell(alphas_normal, primitives, edges[0], "normal", max_skips), concat,
                     derive_cell(alphas_reduce, primitives, edges[1], "reduce"), concat)
+
+
+def rule_in_words(max_skips: int | None = None) -> str:
+    """How `derive` chooses, for the files of genotypes."""
+    rule = "of each node the two strongest edges, each with its strongest operation other than none (DARTS)"
+    return rule if max_skips is None else (f"{rule}; at most {max_skips} {SKIP} in the normal cell, the next operation "
+                                           "in place of others (--max_skips)")
 
 
 def check(genotype: Genotype, where: str, operations: Collection[str] | None) -> Genotype:
@@ -142,10 +171,11 @@ def to_json(genotype: Genotype) -> dict:
 
 def from_json(obj, where: str, operations: Collection[str] | None) -> Genotype:
     """The checked genotype in a decoded JSON object. Raises InputError, beginning with `where`."""
-    if not isinstance(obj, dict) or set(obj) != set(Genotype._fields):
+    if not isinstance(obj, dict) or set(obj) - {RULE} != set(Genotype._fields):
         raise InputError(f"{where}: a genotype is a JSON object with exactly the keys {', '.join(Genotype._fields)}")
     fields = {}
-    for name, value in obj.items():
+    for name in Genotype._fields:
+        value = obj[name]
         concat = name.endswith("_concat")
         right = is_index if concat else is_edge
         if wrong := first_wrong(value, right):
@@ -178,7 +208,7 @@ def plain_fields(value: object, kind: type, where: str) -> dict:
     if isinstance(value, Misfit):
         given = {str(i): v for i, v in enumerate(value.values)} | value.fields
     elif isinstance(value, Mapping):
-        given = dict(value)
+        given = {name: item for name, item in value.items() if name != RULE}
     elif hasattr(value, "_asdict") and not isinstance(value, type):
         given = value._asdict()
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):

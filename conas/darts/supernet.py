@@ -75,6 +75,7 @@ class Supernet(nn.Module):
     primitives: Sequence | Mapping = ()
     operations: Mapping[str, Callable] = {}
     cell: type[SearchCell] = SearchCell
+    max_skips: int | None = None  # of the cells in `genotype`; see `derive_cell`
 
     def __init__(self, C: int = 16, num_classes: int = 10, layers: int = 8, in_channels: int = 3, stem: str = "cifar"):
         super().__init__()
@@ -147,4 +148,4 @@ class Supernet(nn.Module):
 
     def genotype(self) -> Genotype:
         """The discrete cells that the alphas stand for now."""
-        return derive(self.alphas_normal, self.alphas_reduce, self.primitives)
+        return derive(self.alphas_normal, self.alphas_reduce, self.primitives, max_skips=self.max_skips)

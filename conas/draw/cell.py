@@ -264,12 +264,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m conas.draw", description=__doc__.splitlines()[0])
     parser.add_argument("genotypes", nargs="+", metavar="[NAME=]FILE",
                         help="published names, SPACE/NAME as cnn_space1/CONAS, files or texts of cells, in a form of "
-                             "docs/extending.md")
+                             "docs/extending.md; or the folder of one search, for its curves")
     parser.add_argument("--committee", action="store_true", help="draw the genotypes as one committee")
     parser.add_argument("--layers", type=int, default=20, help="cells of a committee's member (default: 20)")
     parser.add_argument("--out", required=True, help="folder for cells (several genotypes: in it, one folder for each, "
-                                                     "called NAME); .svg or .png for a committee")
+                                                     "called NAME); .svg or .png for a committee or "
+                                                     "curves")
     values = parser.parse_args(argv)
+    if folder := next(filter(os.path.isdir, values.genotypes), None):
+        from conas.draw.health import draw_alone
+        return draw_alone(folder, values)
     members = {}
     for argument in values.genotypes:
         name, equals, file = argument.partition("=")

@@ -17,6 +17,9 @@ from conas.errors import InputError
 EDGES = [f"{source}_to_{2 + node}" for node in range(NODES) for source in range(2 + node)]  # states, as in DARTS
 
 
+HEALTH = "skips", "cell_parameters", "curvature"
+
+
 class Board:
     """The folder `tensorboard` of a run. Raises InputError without the package."""
 
@@ -29,8 +32,12 @@ class Board:
         """Write the end of an epoch: a line of metrics.jsonl, the alphas (EDGES, P) by name, and the cells, if new."""
         epoch = int(row["epoch"])
         for name, value in row.items():
-            if name != "epoch":
-                self.writer.add_scalar(name.replace("_", "/", 1), value, epoch)
+            if name == "margins":
+                for kind, values in value.items():
+                    for edge, margin in zip(EDGES, values):
+                        self.writer.add_scalar(f"margin/{kind}/{edge}", margin, epoch)
+            elif name != "epoch" and not name.startswith("entropy_"):  # which follows below, from the alphas
+                self.writer.add_scalar(f"health/{name}" if name in HEALTH else name.replace("_", "/", 1), value, epoch)
         for name, values in alphas.items():
             if name.removeprefix("alphas_") not in KINDS:  # of a space's own cell
                 self.writer.add_histogram(name, values.detach().flatten(), epoch)

@@ -12,8 +12,8 @@ def _is_edge_list(value: object) -> bool:
 
 
 def is_fields(value: object) -> bool:
-    """Return True for a dict of exactly the four fields whose edges are not grouped by node."""
-    return isinstance(value, dict) and set(value) == set(FIELDS) and not any(
+    """Return True for a dict of exactly the four fields whose edges are not grouped by node; a search adds its rule."""
+    return isinstance(value, dict) and set(value) - {genotypes.RULE} == set(FIELDS) and not any(
         isinstance(value[kind], list) and value[kind] and all(isinstance(item, list) and item and
                                                               isinstance(item[0], list) for item in value[kind])
         for kind in ("normal", "reduce"))

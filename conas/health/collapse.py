@@ -19,6 +19,7 @@ rules.
 """
 import math
 from collections.abc import Mapping, Sequence
+from statistics import mean
 
 GAIN = 0.6
 LIMIT = 3.5             # projected skip connections: rounds to 4
@@ -78,3 +79,18 @@ def collapsing_from(skips: Sequence[float], curvature: Mapping[int, float], epoc
 def sound_epoch(skips: Sequence[float], collapsing: int) -> int | None:
     """The epoch whose cell to take instead: the last up to `collapsing` with at most MOST_SKIPS; None without one."""
     return next((epoch for epoch in range(collapsing, -1, -1) if skips[epoch] <= MOST_SKIPS), None)
+
+
+def published_stop(curvature: Mapping[int, float]) -> tuple[int, int] | None:
+    """The early stopping of RobustDARTS (arXiv:1909.09656, section 5.1): the epoch in which it stops a search, and the
+    one whose cell it takes. None if it does not stop.
+
+    It stops from epoch 10 on when the mean of 5 eigenvalues exceeds 1.3 times that of the 5 up to four values before,
+    and takes the cell of that value. It was published for eigenvalues of every second epoch.
+    """
+    epochs, values = list(curvature), [abs(value) for value in curvature.values()]
+    for index in range(4, len(values)):
+        earlier = values[max(0, index - 8):index - 3]
+        if epochs[index] >= 10 and mean(values[index - 4:index + 1]) > 1.3 * mean(earlier):
+            return epochs[index], epochs[index - 4]
+    return None

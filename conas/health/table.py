@@ -1,9 +1,8 @@
 """The rule beside two others on the same searches, with its gain chosen on other seeds than it is judged on."""
 from collections.abc import Callable, Mapping
-from statistics import mean
 
 from conas.errors import InputError
-from conas.health.collapse import GAIN, LIMIT, LONG, MOST_SKIPS, collapsing_from
+from conas.health.collapse import GAIN, LIMIT, LONG, MOST_SKIPS, collapsing_from, published_stop
 from conas.health.series import Series
 
 COLLAPSED = 5  # skip connections in the last cell of a search that has collapsed
@@ -12,16 +11,9 @@ Rule = Callable[[Series], int | None]
 
 
 def published(series: Series) -> int | None:
-    """The early stopping of RobustDARTS (arXiv:1909.09656, section 4.2) for eigenvalues of every second epoch.
-
-    From epoch 10 on, the mean of the last 5 values exceeds 1.3 times that of the 5 values up to four before.
-    """
-    epochs, values = list(series.curvature), list(series.curvature.values())
-    for index in range(4, len(values)):
-        earlier = values[max(0, index - 8):index - 3]
-        if epochs[index] >= 10 and mean(values[index - 4:index + 1]) > 1.3 * mean(earlier):
-            return epochs[index]
-    return None
+    """Where `published_stop` stops a search."""
+    found = published_stop(series.curvature)
+    return found and found[0]
 
 
 def counting(series: Series) -> int | None:

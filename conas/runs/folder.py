@@ -30,7 +30,7 @@ from conas.runs.extension import Stretches, stretches_of
 # these are, their fingerprint tells, and not a flag.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
         "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images", "checkpoint_cells", "cuda_graph", "engine",
-        "suffixes", "follow_links", "extend", "check_only"}
+        "suffixes", "follow_links", "extend", "check_only", "curvature"}
 OF_A_MACHINE = {"data", "workers"}  # may differ between processes that compute one run together
 PATHS = {"arch", "init_from"}       # one place has several spellings, and others on other machines
 
@@ -127,8 +127,8 @@ def read_arguments(folder: Path) -> dict:
     """The arguments of the run in `folder`. Raises InputError if there is none or its args.json is damaged.
 
     A run from before there was --test_subset has the value of --subset, which then held for both splits, and one from
-    before there was --flip that of its data set; --resize was crop, and --stem cifar. A --cutout_length that no
-    --cutout uses is None.
+    before there was --flip that of its data set; --resize was crop, and --stem cifar. Searches had none of the remedies
+    for a collapse. A --cutout_length that no --cutout uses is None.
     """
     arguments = _stored_arguments(folder)
     if "subset" in arguments:
@@ -138,7 +138,8 @@ def read_arguments(folder: Path) -> dict:
         arguments.setdefault("flip", DATASETS[dataset].flip)
         arguments.setdefault("resize", "crop")
         if "unrolled" in arguments:  # a search
-            arguments.setdefault("stem", "cifar")
+            for name, value in {"stem": "cifar", "stop_on": "never", "alpha_warmup": 0}.items():
+                arguments.setdefault(name, value)
         arguments["cutout_length"] = arguments.get("cutout_length") if arguments.get("cutout") else None
     return arguments
 

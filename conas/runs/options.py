@@ -106,6 +106,20 @@ class AlphaOptions:
 
 
 @dataclass
+class HealthOptions:
+    """health: signs of a collapse into skip connections, and remedies; see docs/health.md"""
+
+    curvature: int | None = option(None, "epochs between two measurements of the dominant eigenvalue of the Hessian "
+                                   "w.r.t. the alphas; 0 is never (default: so many that they take 3 % of the passes "
+                                   "at most; never in short searches)", low=0)
+    stop_on: str = option("never", "end the search with its last sound cell once it collapses, or once its curvature "
+                          "rises, as in RobustDARTS", choices=["collapse", "curvature", "never"])
+    alpha_warmup: int = option(0, "epochs from 0 that train weights alone; PC-DARTS has 15", low=0)
+    max_skips: int | None = option(None, "most skip connections of the normal cell; P-DARTS and DARTS+ have 2 "
+                                   "(default: any number)", low=0)
+
+
+@dataclass
 class RunOptions:
     """run"""
 

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 
 from conas import distributed
+from conas.darts.genotype import RULE
 from conas.errors import InputError, Stopped
 from conas.files import write_json
 from conas.places import remember_data
@@ -154,13 +155,17 @@ class Checkpointer:
                       f"{self.path}; start the same command again to go on from there", CODES[number])
 
 
-def write_epoch(checkpointer: Checkpointer, state: dict) -> None:
-    """Write the end of a search's epoch. resume.pt comes last: what it does not know of is repeated."""
+def write_epoch(checkpointer: Checkpointer, state: dict, rule: str | None = None) -> None:
+    """Write the end of a search's epoch. resume.pt comes last: what it does not know of is repeated.
+
+    `rule` says in the genotype's files how it was derived.
+    """
     run, epoch = checkpointer.run, state["epoch"]
     if distributed.rank() == 0:
         checkpoints.save(run.path("checkpoints", epoch, ".pt"), checkpoints.without_progress(state))
-        write_json(run.path("genotypes", epoch, ".json"), state["genotype"])
-        write_json(run.folder / "genotype.json", state["genotype"])
+        genotype = state["genotype"] | ({RULE: rule} if rule else {})
+        write_json(run.path("genotypes", epoch, ".json"), genotype)
+        write_json(run.folder / "genotype.json", genotype)
     checkpointer.save(state)
     run.write_metrics(state["metrics"])
 

@@ -25,6 +25,7 @@ from ensemble.combine.committee import Committee
 from ensemble.combine.fit import FITTED, rule
 from ensemble.report.page import Page
 from ensemble.report.read_report import read_report
+from ensemble.report.search_health import read_health
 from ensemble.report.search_history import find_images, read_searches
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +52,9 @@ def write(folder: Path, root: Path, summary: dict, committee: Committee, data: s
     runs = dict.fromkeys((root / member["checkpoint"]).parent.parent for member in last["members"])
     searches = read_searches(list(runs))
     images, names = find_images(root / last["members"][0]["checkpoint"], committee.fingerprint, data)
-    page = Page(summary, committee, searches, images, names)
+    found = [run for run in runs if run.name.startswith("search-")]
+    health = read_health(found, [search.name for search in searches])
+    page = Page(summary, committee, searches, images, names, health)
     path = folder / "report.html"
     write_text(path, assemble(page, {_name(run, root): read_arguments(run) for run in runs}))
     return path

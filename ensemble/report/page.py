@@ -11,7 +11,7 @@ from conas.data.images import ImageSet, full_name
 from ensemble.combine.committee import Committee
 from ensemble.measure.diversity import uncertainty
 from ensemble.measure.metrics import bin_numbers, confusion_matrix
-from ensemble.report import reference, svg
+from ensemble.report import reference, search_health, svg
 from ensemble.report.report import bounds_reached, left_out_lines
 from ensemble.report.search_history import Search
 from ensemble.report.sprites import choose, sprite
@@ -24,8 +24,8 @@ class Page:
     """The parts of the page. `data` is what its script works with."""
 
     def __init__(self, summary: dict, committee: Committee, searches: Sequence[Search], images: ImageSet | None,
-                 names: Sequence[str] | None):
-        self.summary, self.committee, self.searches = summary, committee, searches
+                 names: Sequence[str] | None, health: dict[str, list[dict]] | None = None):
+        self.summary, self.committee, self.searches, self.health = summary, committee, searches, health or {}
         self.last, self.classes = summary["epochs"][-1], committee.classes
         self.names = names or [f"image {i}" for i in range(len(committee.labels))]
         self.scaled = (committee.logits.double() / committee.temperatures[:, None, None]).softmax(dim=2)
@@ -55,6 +55,7 @@ class Page:
         """Titles and contents by id, in order, without those that have nothing to show; `arguments` are by run."""
         parts = {"result": ("Result", self.result()), "members": ("Members", self.members()),
                  "epochs": ("Accuracy by epoch", self.epochs()), "search": ("Cells over the search", self.cells()),
+                 "health": ("Health of the searches", search_health.html(self.health)),
                  "confusion": ("Confusion matrix", self.confusion()), "calibration": ("Calibration", self.diagrams()),
                  "disagreement": ("Where the members disagree", self.disagreement()),
                  "shift": ("Corrupted images", self.shift()), "provenance": ("Provenance", self.provenance(arguments))}

@@ -63,7 +63,7 @@ def cell(edges: tuple[Edge, ...], concat: tuple[int, ...]) -> str:
 
 def curves(lines: Mapping[str, Sequence[float]], xs: Sequence[float], x_title: str, title: str,
            muted: Collection[str] = ()) -> str:
-    """Lines of percentages over `xs`, each with its name at its end; the first is drawn strongest, `muted` ones grey.
+    """Lines of numbers over `xs`, each with its name at its end; the first is drawn strongest, `muted` ones grey.
 
     A line may end earlier than `xs`; one that is empty is left out.
     """
@@ -71,7 +71,7 @@ def curves(lines: Mapping[str, Sequence[float]], xs: Sequence[float], x_title: s
     width, height, left, right, top, bottom = 860, 330, 46, 200, 14, 42
     values = [value for line in lines.values() for value in line]
     low, high = min(values), max(values)
-    step = next((s for s in (0.1, 0.2, 0.5, 1, 2, 5, 10) if (high - low) / s <= 6), 20)
+    step = next((s for s in (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10) if (high - low) / s <= 6), 20)
     low, high = step * (low // step), step * -(-(high + 1e-9) // step)
     first, span = xs[0], (xs[-1] - xs[0]) or 1
 

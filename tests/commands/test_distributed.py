@@ -81,6 +81,11 @@ def test_all_ranks_are_equal_after_every_step(both, run):
         assert torch.equal(first[name], second[name]), name
 
 
+def test_two_processes_measure_the_curvature_that_one_does(both):
+    assert torch.equal(both[0]["curvature"], both[1]["curvature"])
+    torch.testing.assert_close(both[0]["curvature"], ranks.curvature(9), rtol=1e-9, atol=0)
+
+
 def test_without_sync_bn_each_rank_normalises_by_its_own_images(both):
     """The gradient and the running statistics are means of those of both parts, weighted by their numbers of images."""
     torch.manual_seed(0)

@@ -1,5 +1,6 @@
 """The genotype rule against brute force, the JSON form, and what is refused."""
 import itertools
+import json
 from contextlib import suppress
 
 import pytest
@@ -7,7 +8,19 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from conas.darts.genotype import EDGES, NODES, Genotype, check, derive, from_json, load, save, to_json
+from conas.darts.genotype import (
+    EDGES,
+    NODES,
+    Genotype,
+    check,
+    derive,
+    derive_cell,
+    from_json,
+    load,
+    rule_in_words,
+    save,
+    to_json,
+)
 from conas.darts.operations import OPERATIONS
 from conas.errors import InputError
 
@@ -109,3 +122,44 @@ def test_a_damaged_file_is_refused_by_name(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(InputError, match=r"genotype\.json"):
         load(path, OPERATIONS)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_of_too_many_skips_the_strongest_stay_and_the_next_operations_take_the_place_of_others(seed):
+    """Against brute force: of all choices of at most K skips to keep, the one whose kept shares add up to most."""
+    torch.manual_seed(seed)
+    primitives = ["none", "max_pool_3x3", "skip_connect", "sep_conv_3x3"]
+    alphas = torch.randn(EDGES, 4, dtype=torch.float64)
+    alphas[:, 2] += 1.5
+    shares = alphas.exp() / alphas.exp().sum(1, keepdim=True)
+    free = derive_cell(alphas, primitives)
+    edges = [sum(2 + n for n in range(i // 2)) + source for i, (_, source) in enumerate(free)]
+    skips = [i for i, (name, _) in enumerate(free) if name == "skip_connect"]
+    assert len(skips) > 2
+    for K in range(9):
+        keep = max((set(kept) for n in range(min(K, len(skips)) + 1) for kept in itertools.combinations(skips, n)),
+                   key=lambda kept: sum(shares[edges[i], 2] for i in kept))
+        expected = [(name, source) if i not in skips or i in keep else
+                    (max(("max_pool_3x3", "sep_conv_3x3"), key=lambda n: shares[edges[i], primitives.index(n)]), source)
+                    for i, (name, source) in enumerate(free)]
+        assert derive_cell(alphas, primitives, max_skips=K) == expected
+        genotype = derive(alphas, alphas, primitives, max_skips=K)
+        assert (genotype.normal, genotype.reduce) == (expected, free)
+
+
+def test_a_limit_of_skips_needs_another_operation_on_each_edge():
+    with pytest.raises(InputError, match="--max_skips 2: edge 0 of normal"):
+        derive_cell(torch.randn(EDGES, 2), ["none", "skip_connect"], max_skips=2)
+    by_edge = [("skip_connect", "sep_conv_3x3"), ("skip_connect", "dil_conv_3x3")] * 7
+    alphas = torch.tensor([[2.0, 1, 3]] * 14)  # the last is not there on every second edge
+    cell = derive_cell(alphas, by_edge, max_skips=0)
+    assert {name for name, _ in cell} == {"sep_conv_3x3", "dil_conv_3x3"}
+    with pytest.raises(InputError, match="edge 13"):
+        derive_cell(alphas, [*by_edge[:13], ("skip_connect",)], max_skips=0)
+
+
+def test_a_file_says_by_which_rule_it_was_derived_and_is_read_without(tmp_path):
+    (tmp_path / "cell.json").write_text(json.dumps(valid() | {"rule": rule_in_words(2)}))
+    assert set(to_json(load(tmp_path / "cell.json", OPERATIONS))) == set(Genotype._fields)
+    with pytest.raises(InputError, match="exactly the keys"):
+        from_json(valid() | {"rules": ""}, "cell.json", OPERATIONS)

@@ -21,7 +21,7 @@ from conas import distributed, files
 from conas.commands import test_all, train
 from conas.commands.scoring import predict
 from conas.commands.search import weight_step
-from conas.darts.architect import Batch
+from conas.darts.architect import Batch, Bilevel
 from conas.darts.derived import NetworkCIFAR
 from conas.darts.operations import OPERATIONS
 from conas.darts.published import GENOTYPES
@@ -30,7 +30,9 @@ from conas.data.images import load
 from conas.engine import batchnorm as synced
 from conas.engine.door import accelerate
 from conas.errors import InputError, Stopped
+from conas.health.curvature import Curvature
 from conas.runs.options import RecipeOptions
+from tests.darts.test_architect import Smooth
 
 XI = 0.1
 STEPS = {16: 2, 15: 1}  # by size of batch; 15 images are 8 and 7
@@ -90,6 +92,15 @@ def retrain(images: int, sync_bn: bool, steps: int) -> dict[str, Tensor]:
         found[f"loss {step}"], found[f"hits {step}"] = loss, hits.double()
         found[f"checksum {step}"] = torch.tensor(distributed.checksum(network))
     return found | {name: t.clone() for name, t in network.state_dict().items()}
+
+
+def curvature(images: int) -> Tensor:
+    """Of a network without BatchNorm, which depends on what else is in a process's part."""
+    torch.manual_seed(0)
+    network, own = Smooth().double(), distributed.rank_slice(images)
+    x, y = torch.randn(images, 5, dtype=torch.float64), torch.randint(3, (images,))
+    architect = Bilevel(network, torch.optim.SGD(network.parameters(), lr=XI, momentum=0.9))
+    return torch.tensor(Curvature(architect, (x[own], y[own])).measure())
 
 
 def logits(images: int) -> Tensor:
@@ -196,7 +207,7 @@ def forbidden(*_) -> None:
 def main(folder: Path) -> None:
     if distributed.rank():
         files.os.replace = forbidden
-    found = {"agreement": agreement(), "logits": {n: logits(n) for n in (1, 2, 9)}}
+    found = {"agreement": agreement(), "logits": {n: logits(n) for n in (1, 2, 9)}, "curvature": curvature(9)}
     for function in (search, retrain):
         found |= {f"{function.__name__} {images}": function(images, True, STEPS[images]) for images in STEPS}
         found |= {f"{function.__name__} apart": function(15, False, 1)}
