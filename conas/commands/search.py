@@ -25,7 +25,7 @@ from conas.draw.tensorboard import Board, summary_writer
 from conas.engine.check import check_engine
 from conas.engine.cuda_graph import Replayed, graph_fits, on_device
 from conas.engine.cuda_streams import at_once
-from conas.engine.door import engine_or_reason
+from conas.engine.door import describe, engine_or_reason
 from conas.engine.precision import checkpoint_cells, set_tf32, use_bf16
 from conas.errors import InputError
 from conas.files import write_json
@@ -122,7 +122,7 @@ class SearchRun(Loop):
                                           supernet.stem)
         self.network.to(self.device, memory_format=torch.channels_last)
         apply_remedies(self.network, self.space, health, weights)
-        self.packed, self.no_engine = engine_or_reason(self.network, processes.sync_bn, speed.engine)
+        self.engine, self.no_engine = engine_or_reason(self.network, processes.sync_bn, speed.engine)
         self.optimizer = weight_optimizer(self.network, weights)
         self.architect = architect(self.network, self.optimizer, arch_learning_rate=alphas.arch_learning_rate,
                                    arch_weight_decay=alphas.arch_weight_decay, unrolled=alphas.unrolled,
@@ -175,14 +175,13 @@ class SearchRun(Loop):
                  f"{self.device}{' in bfloat16, alphas in float32' if self.amp else ''}{goes_on}")
         for note in committee_notes(self.folder, self.arguments):
             self.log(note)
-        if self.packed is None:
-            self.log(f"the engine is off ({self.no_engine}): the whole network runs by its definition, "
-                     "conas/darts/supernet.py")
+        for line in describe(self.network, self.engine, self.no_engine, flags.sync_bn):
+            self.log(line)
         for warning in self.train.warnings():
             self.log(warning)
         if flags.checkpoint_cells:
-            checkpoint_cells(self.network, self.packed)
-        graph = (self.device.type == "cuda" and self.packed is not None if flags.cuda_graph is None
+            checkpoint_cells(self.network, self.engine)
+        graph = (self.device.type == "cuda" and self.engine is not None if flags.cuda_graph is None
                  else flags.cuda_graph)
         self.graph = graph and graph_fits(self.device, self.skip, self.log)
         self.graphs: dict[tuple[Callable, bool], Replayed] = {}
@@ -203,7 +202,7 @@ class SearchRun(Loop):
         self.lr = self.lr_scale * cosine(*self.run.stretches.place(epoch), flags.learning_rate,
                                          flags.learning_rate_min)
         self.optimizer.param_groups[0]["lr"] = self.lr
-        self.unchecked = self.packed is not None
+        self.unchecked = self.engine is not None
         self.warming = epoch < flags.alpha_warmup
         return EpochMeter(f"{self.name} epoch {epoch} of {flags.epochs}", epoch, self.train, flags.report_freq,
                       skip=self.skip, state=state and state["course"])
@@ -211,7 +210,7 @@ class SearchRun(Loop):
     def inputs(self, step: int) -> tuple[Batch, Batch, float]:
         train, valid = (next(batches) for batches in self.batches)
         if self.unchecked:
-            check_engine(self.packed, valid)
+            check_engine(self.engine, valid)
             self.unchecked = False
         return train, valid, self.lr
 

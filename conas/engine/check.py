@@ -8,7 +8,7 @@ from torch.nn.functional import cross_entropy
 from conas.darts.architect import Batch
 from conas.darts.passes import by_definition
 from conas.darts.supernet import Supernet
-from conas.engine.packed import PackedPass
+from conas.engine.door import Engine
 from conas.errors import InputError
 
 IMAGES = 4  # of the batch
@@ -18,7 +18,7 @@ TOLERANCES = {"logits": 1e-3, "statistics": 1e-3, "gradient": 0.05}
 
 
 @torch.no_grad()
-def check_engine(packed: PackedPass, batch: Batch) -> None:
+def check_engine(engine: Engine, batch: Batch) -> None:
     """Compare an engine with the definition of its network on a few images, in training and in evaluation.
 
     With weights, alphas and running statistics perturbed, so that what starts at 0 or 1 hides nothing: logits,
@@ -26,7 +26,7 @@ def check_engine(packed: PackedPass, batch: Batch) -> None:
     compares by its own images. Network and random generators are left as they were. Raises InputError that names what
     differs.
     """
-    network, synced, packed.synced = packed.network, packed.synced, False
+    network, synced, engine.synced = engine.network, engine.synced, False
     images, labels = batch[0][:IMAGES].detach().float(), batch[1][:IMAGES]
     state = [*network.alphas().values(), *network.buffers()]
     before, training = [tensor.clone() for tensor in state], network.training
@@ -42,7 +42,7 @@ def check_engine(packed: PackedPass, batch: Batch) -> None:
             if not wrong:
                 return
     finally:
-        packed.synced = synced
+        engine.synced = synced
         network.train(training)
         for tensor, was in zip(state, before):
             tensor.copy_(was)
@@ -59,11 +59,14 @@ def _perturbed(tensor: Tensor, numbers: torch.Generator) -> Tensor:
 def _differences(network: Supernet, images: Tensor, labels: Tensor, w: Tensor) -> set[str]:
     """Say in words in what the engine differs."""
     statistics = [buffer.clone() for buffer in network.buffers()]
-    engine = _quantities(network, images, labels, w)
-    for buffer, was in zip(network.buffers(), statistics):
-        buffer.copy_(was)
-    with by_definition(network):
-        definition = _quantities(network, images, labels, w)
+    with torch.random.fork_rng(devices=[]):  # operations of a space's own may draw random numbers
+        random = torch.get_rng_state()
+        engine = _quantities(network, images, labels, w)
+        for buffer, was in zip(network.buffers(), statistics):
+            buffer.copy_(was)
+        torch.set_rng_state(random)
+        with by_definition(network):
+            definition = _quantities(network, images, labels, w)
     scale = {kind: max((expected.norm() for (of, _), expected in definition.items() if of == kind), default=0)
              for kind in TOLERANCES}
     wrong = set()
@@ -77,17 +80,19 @@ def _differences(network: Supernet, images: Tensor, labels: Tensor, w: Tensor) -
 
 def _quantities(network: Supernet, images: Tensor, labels: Tensor, w: Tensor) -> dict[tuple[str, str], Tensor]:
     """What passes in training and in evaluation give, by kind and name: vectors, on the CPU in float64."""
-    alphas = list(network.alphas().values())
+    alphas = network.alphas()
     with torch.enable_grad():
         w = w.detach().requires_grad_()
         logits = network.train().with_weights(images, w)
-        *of_alphas, of_w = torch.autograd.grad(cross_entropy(logits, labels), [*alphas, w])
+        *of_alphas, of_w = torch.autograd.grad(cross_entropy(logits, labels), [*alphas.values(), w],
+                                                  allow_unused=True, materialize_grads=True)
     found = {("logits", "the logits in training"): [logits.detach()],
              ("logits", "the logits in evaluation"): [network.eval().with_weights(images, w.detach())],
              ("statistics", "the running statistics"): [b for b in network.buffers() if b.is_floating_point()]}
-    for gradient in of_alphas:
-        for name, column in zip(network.primitives, gradient.unbind(1)):
-            found.setdefault(("gradient", f"the gradient w.r.t. the alphas of {name}"), []).append(column)
+    for alpha, gradient in zip(alphas, of_alphas):
+        of_operations = gradient.dim() == 2 and gradient.shape[1] == len(network.primitives)
+        for name, part in zip(network.primitives, gradient.unbind(1)) if of_operations else [(alpha, gradient)]:
+            found.setdefault(("gradient", f"the gradient w.r.t. the alphas of {name}"), []).append(part)
     order = network.flat_order()
     for name, part in zip(order, of_w.split([p.numel() for p in order.values()])):
         operation = re.match(r"cells\.\d+\._ops\.\d+\._ops\.(\d+)\.", name)

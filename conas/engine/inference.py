@@ -30,7 +30,8 @@ class Prepared(nn.Module):
         super().__init__()
         weight, self._counts, made = convolutions(network)[0][0].weight, [], []
         # of a network that is being searched, its own: a validation builds no second one
-        packed = getattr(vars(network).get("with_weights"), "__self__", None) or PackedPass(network)
+        engine = getattr(vars(network).get("with_weights"), "__self__", None)
+        packed = getattr(engine, "packed", engine) or PackedPass(network)
         self._pass, self.dtype = packed.run, weight.dtype  # a bound method: the network is no part of this
         kind = weight.device.type
         self.computed_in = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype

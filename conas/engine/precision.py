@@ -1,5 +1,6 @@
 """What makes passes faster or smaller and leaves their meaning: number formats, checkpointed cells, a compiler."""
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -7,7 +8,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from conas.darts.supernet import Supernet
-from conas.engine.packed import PackedPass
+from conas.engine.door import Engine
+from conas.engine.native.swap import NativePass
 from conas.errors import InputError
 
 
@@ -35,20 +37,27 @@ def compiler_works(device: torch.device, log: Callable[[str], None]) -> bool:
     return True
 
 
-def checkpoint_cells(network: Supernet, packed: PackedPass | None) -> None:
+def checkpoint_cells(network: Supernet, engine: Engine | None) -> None:
     """Let a supernet keep nothing of a cell for the backward pass but its inputs, and compute it again.
 
     Training of deep neural networks in sublinear memory, arXiv:1604.06174. The numbers are the same, bit for bit:
-    random numbers are drawn again, and running statistics follow the first time only. `packed` is the network's
-    engine, if it has one.
+    random numbers are drawn again, and running statistics follow the first time only. `engine` is the network's,
+    if it has one.
     """
-    if packed is not None:
-        run_cell = packed.run_cell
-        packed.run_cell = lambda *arguments: (checkpoint(run_cell, *arguments, use_reentrant=False,
-                                                         preserve_rng_state=False)
-                                              if torch.is_grad_enabled() else run_cell(*arguments))
+    engines = [engine]
+    if isinstance(engine, NativePass):
+        engine.let_cells_be_repeated()
+        engines.append(engine.packed)
+    for each in filter(None, engines):
+        each.run_cell = partial(_checkpointed, each.run_cell)
     for cell in network.cells:  # for passes that need the definition
         cell.forward = _Checkpointed(cell, cell.forward)
+
+
+def _checkpointed(run_cell: Callable, *arguments) -> Tensor:
+    if not torch.is_grad_enabled():
+        return run_cell(*arguments)
+    return checkpoint(run_cell, *arguments, use_reentrant=False, preserve_rng_state=False)
 
 
 class _Checkpointed:

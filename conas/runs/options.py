@@ -166,8 +166,8 @@ class SpeedOptions:
     tf32: bool = option(False, "on a GPU, let float32 products and convolutions round to TF32; all passes")
     checkpoint_cells: bool = option(False, "less memory, more time: compute each cell again for its gradient")
     cuda_graph: bool | None = option(None, "every iteration as one graph (default: on a GPU)")
-    engine: bool = option(True, "packed edges, where they know all operations of the space; --no-engine runs the "
-                          "definition, conas/darts/supernet.py")
+    engine: bool = option(True, "compiled kernels on a CPU, else packed edges where they know all operations of the "
+                          "space; --no-engine runs the definition, conas/darts/supernet.py")
 
 
 # What the paper trains derived networks with, on CIFAR-10 and on ImageNet; without gamma, a cosine ends at 0.

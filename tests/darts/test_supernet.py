@@ -41,7 +41,7 @@ def one_by_one(monkeypatch, few=0):
     monkeypatch.setattr(running, "CONVOLVED", 0)
 
 
-WAYS = ["definition", "side by side", "few side by side", "one by one", "as on a GPU"]
+WAYS = ["definition", "side by side", "few side by side", "one by one", "as on a GPU", "kernels"]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 # Space 1 has the operations of all others. The rest is for `make acceptance`.
 QUICK = [*itertools.product(["cnn_space1"], FORMATS[:1], WAYS), ("cnn_space2", FORMATS[1], WAYS[0]),
@@ -61,7 +61,7 @@ def test_outputs_gradients_and_statistics_are_the_textbooks(space, memory_format
         monkeypatch.setattr(operations, "RIGHT_GRADIENT", ())
         monkeypatch.setattr(folded, "PIECES", {})
     network, oracle = pair(space)
-    assert way == "definition" or accelerate(network)
+    assert way == "definition" or accelerate(network, native=way == "kernels")
     torch.manual_seed(0)
     x, y = torch.randn(5, 3, 16, 16, dtype=torch.float64).to(memory_format=memory_format), torch.arange(5)
 
@@ -153,9 +153,10 @@ def test_dilated_convolutions_of_derived_networks(k, stride, size, fast, monkeyp
         torch.testing.assert_close(ours, of_torch, rtol=1e-12, atol=1e-13)
 
 
-def test_constant_alphas_change_no_gradient_of_the_weights():
+@pytest.mark.parametrize("native", [False, True])
+def test_constant_alphas_change_no_gradient_of_the_weights(native):
     network, _ = pair("cnn_space3")
-    accelerate(network)
+    accelerate(network, native=native)
     x, y = torch.randn(5, 3, 16, 16, dtype=torch.float64), torch.arange(5)
     w = network.flat().detach().requires_grad_()
     (expected,) = torch.autograd.grad(cross_entropy(network(x, w), y), [w])
@@ -165,15 +166,16 @@ def test_constant_alphas_change_no_gradient_of_the_weights():
     assert torch.equal(found, expected) and all(alpha.requires_grad for alpha in network.alphas().values())
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("image_size", [8, 9])
 @pytest.mark.parametrize("primitives", [
     ("none", "dil_conv_3x3"), ("none", "sep_conv_3x3"), ("none", "skip_connect"), ("none", "avg_pool_3x3"),
     ("skip_connect", "conv_7x1_1x7", "sep_conv_7x7", "dil_conv_5x5", "dil_conv_3x3", "none", "max_pool_3x3")])
-def test_gradients_by_hand_are_those_of_the_definition(primitives, image_size):
+def test_gradients_by_hand_are_those_of_the_definition(primitives, image_size, native):
     """For spaces that no folder has, too: of alphas and weights in one pass, and of alphas alone."""
     network = type("Odd", (Supernet,), {"primitives": primitives})(C=2, layers=3).double()
     fill(network, 0)
-    assert accelerate(network)
+    assert accelerate(network, native=native)
     x, y = torch.randn(3, 3, image_size, image_size, dtype=torch.float64), torch.arange(3)
     w, alphas, found = network.flat().detach().requires_grad_(), list(network.alphas().values()), []
     for context in nullcontext(), by_definition(network):
@@ -244,7 +246,7 @@ def test_an_operation_that_the_engine_does_not_know_makes_the_network_run_by_its
     space = type("Own", (Supernet,), {"primitives": tuple(dict.fromkeys(["none", "dil_conv_3x3", name])),
                                       "operations": {name: operation}})
     network = space(4, 10, 3)
-    assert name in why_not(network) and accelerate(network) is None
+    assert name in why_not(network) and accelerate(network, native=False) is None
     x, own = torch.randn(4, 3, 8, 8), [op._ops[network.primitives.index(name)] for op in network.cells[0]._ops]
     before = network.with_weights(x, network.flat())
     for parameter in (p for op in own for p in op.parameters()):

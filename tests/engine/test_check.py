@@ -5,9 +5,11 @@ import pytest
 import torch
 
 from conas.darts.stems import STEMS
-from conas.engine import depthwise, forward_eval, forward_train
+from conas.engine import depthwise, door, forward_eval, forward_train
 from conas.engine.check import check_engine
 from conas.engine.door import accelerate
+from conas.engine.native.library import pointers
+from conas.engine.native.loader import kernels
 from conas.errors import InputError
 from tests.helpers.ranks import Everything
 from tests.helpers.searches import no_pictures, run_search  # noqa: F401
@@ -15,16 +17,17 @@ from tests.helpers.searches import no_pictures, run_search  # noqa: F401
 BATCH = torch.randn(6, 3, 9, 9, generator=torch.Generator().manual_seed(0)), torch.arange(6)
 
 
-def packed(space="cnn_space1", stem="cifar"):
+def packed(space="cnn_space1", stem="cifar", native=False):
     torch.manual_seed(0)
     of_space = Everything if space == "everything" else import_module(f"{space}.model_search").Network
-    return accelerate(of_space(C=4, layers=3, stem=stem))
+    return accelerate(of_space(C=4, layers=3, stem=stem), native=native)
 
 
+@pytest.mark.parametrize("native", [False, True])
 @pytest.mark.parametrize("stem", STEMS)
 @pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3", "everything"])
-def test_a_right_engine_passes_and_nothing_is_left_behind(space, stem):
-    engine = packed(space, stem)
+def test_a_right_engine_passes_and_nothing_is_left_behind(space, stem, native):
+    engine = packed(space, stem, native)
     network, batch = engine.network, BATCH
     if stem == "imagenet":
         batch = torch.randn(6, 3, 40, 40, generator=torch.Generator().manual_seed(0)), BATCH[1]
@@ -63,9 +66,33 @@ def test_a_wrong_kernel_is_named(module, name, says, monkeypatch):
     assert all(torch.equal(tensor, before[name]) for name, tensor in engine.network.state_dict().items())
 
 
+@pytest.mark.skipif(kernels() is None, reason="no kernels")
+@pytest.mark.parametrize("name, argument, says", [
+    ("unit_backward", 7, "weights of sep_conv_3x3"),  # another record of BatchNorm
+    ("pools_backward", 12, "the gradient w.r.t."),    # the gradient goes elsewhere
+    ("combine", 5, "the logits in evaluation"),
+])
+def test_a_wrong_compiled_kernel_is_named(name, argument, says, monkeypatch):
+    engine, other = packed(native=True), torch.ones(10**6, dtype=torch.float64)
+    for table in engine.library.tables():
+        right = getattr(table, name)
+
+        def wrong(*arguments, right=right):
+            arguments = list(arguments)
+            arguments[argument] = (other.data_ptr() if name != "combine" else
+                                   pointers([other.data_ptr()] * arguments[2]))
+            return right(*arguments)
+
+        monkeypatch.setattr(table, name, wrong)
+    with pytest.raises(InputError, match=f"computes other numbers than the definition: .*{says}.*--no-engine"):
+        check_engine(engine, BATCH)
+
+
 def test_a_search_with_a_wrong_kernel_stops_with_one_line_and_goes_on_without_the_engine(tmp_path, monkeypatch):
+    monkeypatch.setattr(door, "why_no_kernels", lambda: "a test")
     smaller(monkeypatch, depthwise, "_weight_gradient")
     with pytest.raises(InputError, match="--no-engine"):
         run_search(tmp_path)
+    assert "no kernels in C (a test)" in (tmp_path / "cnn_space2/search-EXP/log.txt").read_text()
     _, log = run_search(tmp_path, "--no-engine")
     assert "runs by its definition" in log

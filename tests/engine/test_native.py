@@ -14,13 +14,16 @@ from torch.func import functional_call
 
 from conas.darts.batchnorm import use_exact_sums
 from conas.darts.operations import AveragePool, DilConv, FactorizedReduce, ReLUConvBN, SepConv
+from conas.engine.door import accelerate
 from conas.engine.native import loader, selfcheck
 from conas.engine.native.cell import NativeCell
 from conas.engine.native.functions import run_operation
 from conas.engine.native.library import Table
 from conas.engine.native.loader import kernels, why_no_kernels
 from conas.engine.native.parts import read
+from conas.engine.native.swap import NativePass
 from tests.conftest import ROOT
+from tests.helpers.parity import read_fixture, relative_error, search_quantities
 
 needs_kernels = pytest.mark.skipif(kernels() is None, reason=f"no kernels here: {why_no_kernels()}")
 EXACT = dict(rtol=1e-9, atol=1e-11)
@@ -122,6 +125,23 @@ def test_a_cell_and_its_gradients_are_the_definitions(space, layer):
         torch.testing.assert_close(of_w, torch.cat([d.flatten() for d in others[3:]]), **EXACT)
         alone = native(s0.detach(), s1.detach(), shares, w.detach(), training)  # equation 8 takes no other gradient
         torch.testing.assert_close(torch.autograd.grad(alone, shares, grad)[0], wanted[2], **EXACT)
+
+
+@pytest.mark.parametrize("native", [pytest.param(True, marks=needs_kernels), False])
+@pytest.mark.parametrize("space", [1, 2, 3])
+def test_parity_with_and_without_kernels(space, native):
+    fixture = read_fixture(ROOT / f"tests/fixtures/space{space}_seed0.npz")
+    engines = []
+
+    def engine(network):
+        engines.append(accelerate(network, native=native))
+        return engines[0]
+
+    seen = set()
+    for name, ours, tolerance in search_quantities(fixture, accelerate=engine):
+        assert relative_error(ours, fixture[name]) <= tolerance, name
+        seen.add(name)
+    assert (type(engines[0]) is NativePass) == native and len(seen) >= 20
 
 
 @needs_kernels

@@ -10,7 +10,7 @@ order of the recipe, from NumPy's default_rng.
 import argparse
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from itertools import chain
 from math import prod, sqrt
@@ -67,8 +67,12 @@ def set_alphas(network: nn.Module, values: list[Tensor]) -> None:
             alpha.copy_(value)
 
 
-def search_quantities(fixture: dict, dtype: torch.dtype = torch.float64, device: str = "cpu") -> Iterator[Quantity]:
-    """Steps 1 to 6 of the recipe: the supernet, three architecture and weight steps, genotypes."""
+def search_quantities(fixture: dict, dtype: torch.dtype = torch.float64, device: str = "cpu",
+                      accelerate: Callable = lambda network: None) -> Iterator[Quantity]:
+    """Steps 1 to 6 of the recipe: the supernet, three architecture and weight steps, genotypes.
+
+    All of it by the definition, or by what `accelerate` puts in its place.
+    """
     space, seed = f"cnn_space{int(fixture['space'])}", int(fixture["seed"])
     network = import_module(f"{space}.model_search").Network(
         int(fixture["C"]), int(fixture["num_classes"]), int(fixture["layers"])).to(device, dtype)
@@ -77,12 +81,18 @@ def search_quantities(fixture: dict, dtype: torch.dtype = torch.float64, device:
     set_alphas(network, draw_alphas(rng, len(network.primitives), dtype))
     batches = [[[t.to(device) for t in draw_batch(rng, fixture, dtype)] for _ in range(2)] for _ in range(3)]
     (x, _), (xv, yv) = batches[0]
+    engine = accelerate(network)
+
+    def forward(x: Tensor) -> Tensor:
+        return network(x) if engine is None else network.with_weights(x, network.flat())
+
     with torch.no_grad():
-        yield "logits_eval", network.eval()(x), LOGITS
+        network.eval()
+        yield "logits_eval", forward(x), LOGITS
     network.train()
     alphas = network.alphas()
     with frozen_statistics(network):
-        first_order = torch.autograd.grad(cross_entropy(network(xv), yv), list(alphas.values()))
+        first_order = torch.autograd.grad(cross_entropy(forward(xv), yv), list(alphas.values()))
     yield from ((f"first_order_{kind}", g, HYPERGRADIENT) for kind, g in zip(("normal", "reduce"), first_order))
 
     weights = list(network.weights().values())
@@ -96,7 +106,7 @@ def search_quantities(fixture: dict, dtype: torch.dtype = torch.float64, device:
             yield f"step{i}/alphas_{kind}", alpha, LOGITS
         optimizer.param_groups[0]["lr"] = lr
         optimizer.zero_grad()
-        logits = network(train[0])
+        logits = forward(train[0])
         loss = cross_entropy(logits, train[1])
         loss.backward()
         nn.utils.clip_grad_norm_(weights, 5)

@@ -42,6 +42,8 @@ class NativeCell:
             terms = []
             for source in range(2 + node):
                 for place, module in enumerate(cell._ops[edge]._ops):
+                    if module is None:  # this edge lacks it
+                        continue
                     operation = read(module)
                     if operation.kind == "units" and any(unit.K != self.C for unit in operation.units):
                         operation = Operation("own", module)

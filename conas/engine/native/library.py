@@ -49,6 +49,11 @@ class Library:
         return self._tables[dtype, channels % 16 == 0]
 
 
+    def tables(self) -> list["Table"]:
+        """Those of all types and widths."""
+        return list(self._tables.values())
+
+
 class Table:
     """The kernels of one type and width, as attributes."""
 

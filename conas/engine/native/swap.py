@@ -53,6 +53,8 @@ class NativePass:
             if self._pieces and self._pieces[-1][0] == piece:
                 size += self._pieces.pop()[1]
             self._pieces.append((piece, size))
+        self._with_buffers = [(place, module) for place, module in network.named_modules()
+                              if module._buffers and type(module) is not BatchNorm2d]
         self._shapes = {name: weights[name].shape for name in self.order}
 
     def _take(self, prefix: str, cell: nn.Module, places: dict[str, int]) -> None:
@@ -99,8 +101,8 @@ class NativePass:
             else:
                 state[piece] = part.view(self._shapes[piece])
         if network.statistics.frozen:  # as in the definition
-            state |= {f"{place}.{name}".lstrip("."): buffer.clone() for place, module in network.named_modules()
-                      if type(module) is not BatchNorm2d for name, buffer in module._buffers.items()}
+            state |= {f"{place}.{name}".lstrip("."): buffer.clone() for place, module in self._with_buffers
+                      for name, buffer in module._buffers.items()}
         with self._swapped(parts, seen):
             logits = functional_call(network, state, (x,), tie_weights=False)
         if network.training and not network.statistics.frozen:
@@ -155,9 +157,9 @@ class NativePass:
 
 
 def knows_any(network: nn.Module) -> bool:
-    """Whether there is an operation in a network's cells that kernels know."""
+    """Whether there is an operation on the edges of a network's cells that kernels know."""
     return any(read(module).kind not in ("none", "skip", "own") for cell in getattr(network, "cells", ())
-               for module in cell.modules())
+               for name, module in cell.named_modules() if not name.startswith("preprocess"))
 
 
 def _is_changed(module: nn.Module) -> bool:
