@@ -2,6 +2,7 @@
 
     python -m benchmarks.table                        # what python -m benchmarks.search_step measured
     python -m benchmarks.table --of study             # what python -m ensemble.study report found
+    python -m benchmarks.table --of against           # what python -m benchmarks.against 662cc92 measured
 
 A test holds that the tables of docs/ are what this prints.
 """
@@ -59,7 +60,24 @@ def study() -> str:
     return "\n".join([of, "", markdown(head, rows)])
 
 
-TABLES = {"search_step": search_step, "study": study}
+def against() -> str:
+    """An iteration by compiled kernels against one by packed edges: medians (quartiles)."""
+    settings = json.loads((RESULTS / "against-662cc92.json").read_text(encoding="utf-8"))
+    rows = []
+    for of in settings.values():
+        ratios = [f"{of[name]['median']:.2f} ({of[name]['quartiles'][0]:.2f} to {of[name]['quartiles'][1]:.2f})"
+                  for name in ("processor_ratio", "wall_ratio")]
+        peak = " / ".join(f"{of['peak_bytes'][who] / 1e9:.2f}" for who in ("earlier", "now"))
+        rows.append([of["space"].removeprefix("cnn_space"), str(of["channels"]), str(of["layers"]),
+                     str(of["batch_size"]), str(of["rounds"]), *ratios,
+                     f"{of['processor']['earlier']['median']:.1f} / {of['processor']['now']['median']:.1f}", peak,
+                     f"{of['load']:.1f}"])
+    head = ["space", "channels", "cells", "batch", "n", "speed, processor time", "speed, wall clock",
+            "processor seconds, earlier / now", "peak GB, earlier / now", "load of the machine"]
+    return markdown(head, rows)
+
+
+TABLES = {"search_step": search_step, "study": study, "against": against}
 
 
 def main() -> None:

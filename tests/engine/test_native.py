@@ -204,7 +204,7 @@ def test_what_was_changed_is_not_taken_for_what_it_was():
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.delenv("CONAS_NATIVE", raising=False)
+    monkeypatch.setenv("CONAS_NATIVE", "1")
     monkeypatch.setattr(loader, "FLAGS", ("-std=gnu11", "-O0", "-fPIC", "-shared", "-w"))  # quick to compile
     return tmp_path / "conas"
 

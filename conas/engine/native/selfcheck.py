@@ -56,7 +56,7 @@ def _results(library: Library, dtype: torch.dtype, C: int) -> Iterator[tuple[str
 def _sums(library: Library, dtype: torch.dtype, C: int, draw) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Of the kernels for sums of maps."""
     calls, P, p = library.of(dtype, C), 150, [0.3, 0.5, 0.2]
-    maps, grad, record = [draw(P, C) for _ in p], draw(P, C), torch.rand(3, C, dtype=torch.float64) + 0.5
+    maps, grad, record = [draw(P, C) for _ in p], draw(P, C), draw(3, C).double().abs() + 0.5
     records = [record.data_ptr(), None, record.data_ptr()]
     terms = [(y - record[0]) * record[2] if of else y for y, of in zip(maps, records)]
     out, dots = torch.empty(P, C, dtype=dtype), torch.empty(4, C, dtype=torch.float64)
