@@ -11,7 +11,6 @@ from tests.helpers.launch import start
 
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
-os.environ.setdefault("CONAS_NATIVE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that the tests start
 
 

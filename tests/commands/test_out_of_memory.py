@@ -45,7 +45,7 @@ def one_line(done: subprocess.CompletedProcess, *words: str) -> None:
 def test_a_search_that_needs_too_much_says_so_and_starts_again_with_less(bare_clone, tmp_path):
     shutil.copytree(bare_clone.root, tmp_path / "CoNAS")
     space = tmp_path / "CoNAS" / "cnn_space2"
-    flags = [*DIGITS, "--init_channels", "16"]
+    flags = [*DIGITS, "--init_channels", "16", "--stem", "cifar"]
     done = limited(space / "train_search.py", *flags, "--image_size", "256", "--batch_size", "16")
     one_line(done, "--batch_size (16 now)", "--image_size (256 now)", "--checkpoint_cells", "--init_channels (16 now)")
     done = limited(space / "train_search.py", *flags, "--image_size", "8", "--batch_size", "4")

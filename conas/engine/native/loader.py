@@ -2,7 +2,7 @@
 
 Nothing is compiled at installation. The cache is $XDG_CACHE_HOME/conas (~/.cache/conas), which only its owner may read.
 A file there is named by all that it depends on, source, flags, compiler and processor, and by its own content: one that
-is broken, or that somebody else has put there, is compiled again. They are off unless CONAS_NATIVE is 1.
+is broken, or that somebody else has put there, is compiled again. CONAS_NATIVE=0 turns them off.
 """
 import hashlib
 import os
@@ -53,8 +53,8 @@ def _found() -> tuple[Library | None, str | None]:
 
 def load() -> Library:
     """Compile, if need be, load and compare. Raises Unavailable."""
-    if (setting := os.environ.get("CONAS_NATIVE")) != "1":
-        raise Unavailable(f"CONAS_NATIVE={setting}" if setting else "CONAS_NATIVE=1 turns them on")
+    if (setting := os.environ.get("CONAS_NATIVE", "1")) != "1":
+        raise Unavailable(f"CONAS_NATIVE={setting}")
     compiler = find_compiler()
     try:
         library = Library(str(compiled(compiler, cache_folder())))
