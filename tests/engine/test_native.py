@@ -1,7 +1,4 @@
-"""Kernels against torch in float64, by random shapes; the file they are compiled into; processes that fork."""
-import os
-import subprocess
-import sys
+"""Kernels against torch in float64, by random shapes."""
 from copy import deepcopy
 from importlib import import_module
 
@@ -15,10 +12,8 @@ from torch.func import functional_call
 from conas.darts.batchnorm import use_exact_sums
 from conas.darts.operations import AveragePool, DilConv, FactorizedReduce, ReLUConvBN, SepConv
 from conas.engine.door import accelerate
-from conas.engine.native import loader, selfcheck
 from conas.engine.native.cell import NativeCell
 from conas.engine.native.functions import run_operation
-from conas.engine.native.library import Table
 from conas.engine.native.loader import kernels, why_no_kernels
 from conas.engine.native.parts import read
 from conas.engine.native.swap import NativePass
@@ -197,117 +192,3 @@ def test_what_was_changed_is_not_taken_for_what_it_was():
         changed = deepcopy(right)
         change(changed)
         assert read(changed).kind == "own"
-
-
-# How the kernels come to be.
-
-@pytest.fixture
-def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setenv("CONAS_NATIVE", "1")
-    monkeypatch.setattr(loader, "FLAGS", ("-std=gnu11", "-O0", "-fPIC", "-shared", "-w"))  # quick to compile
-    return tmp_path / "conas"
-
-
-def files(cache):
-    return sorted(path.name for path in cache.glob("*.so"))
-
-
-@needs_kernels
-def test_the_compiled_file_is_used_again_unless_it_is_broken_or_not_ours(cache):
-    path = loader.compiled(loader.find_compiler(), loader.cache_folder())
-    assert cache.stat().st_mode & 0o777 == 0o700 and files(cache) == [path.name]
-    inode, content = path.stat().st_ino, path.read_bytes()
-    assert loader.compiled(loader.find_compiler(), loader.cache_folder()).stat().st_ino == inode
-    path.write_bytes(content[:5000])
-    assert loader.compiled(loader.find_compiler(), loader.cache_folder()).stat().st_size == len(content)
-    cache.chmod(0o777)
-    (cache / path.name).write_bytes(b"of somebody")
-    assert loader.cache_folder().stat().st_mode & 0o777 == 0o700 and not files(cache)
-
-
-@needs_kernels
-def test_two_processes_at_once_compile_one_file(cache):
-    program = f"from conas.engine.native import loader; loader.FLAGS = {loader.FLAGS}; print(loader.load().path)"
-    both = [subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE, text=True)
-            for _ in range(2)]
-    paths = {process.communicate(timeout=300)[0].strip() for process in both}
-    assert len(paths) == 1 and files(cache) == [os.path.basename(paths.pop())]
-
-
-@pytest.mark.parametrize("set_up, says", [
-    (lambda patch, path: patch.setenv("CONAS_NATIVE", "0"), "CONAS_NATIVE=0"),
-    (lambda patch, path: (patch.delenv("CC", raising=False), patch.setenv("PATH", str(path))), "no C compiler"),
-    (lambda patch, path: patch.setenv("CC", "no-such-compiler -O1"), "no-such-compiler"),
-    (lambda patch, path: patch.setenv("CC", "false"), "cannot be compiled"),
-    (lambda patch, path: (path / "conas").write_text("a file"), "conas cannot be written"),
-])
-def test_without_kernels_there_is_a_line_that_says_why(set_up, says, cache, tmp_path, monkeypatch):
-    set_up(monkeypatch, tmp_path)
-    with pytest.raises(loader.Unavailable, match=says) as caught:
-        loader.load()
-    assert "\n" not in str(caught.value)
-
-
-@needs_kernels
-def test_a_cache_of_somebody_else_is_not_used(cache, monkeypatch):
-    cache.mkdir()
-    monkeypatch.setattr(os, "getuid", lambda: 12345)
-    with pytest.raises(loader.Unavailable, match="not a folder of this user"):
-        loader.cache_folder()
-
-
-@needs_kernels
-@pytest.mark.parametrize("kernel", ["unit_forward", "unit_backward", "pools_forward", "pools_backward", "combine",
-                                    "dots"])
-def test_a_wrong_kernel_is_named(kernel, monkeypatch):
-    library, right = kernels(), Table.__getattribute__
-
-    def damaged(table, name):
-        function = right(table, name)
-        if name != kernel:
-            return function
-
-        def wrong(*arguments):
-            return function(*(2 * a if isinstance(a, float) else a for a in spoiled(kernel, arguments)))
-
-        return wrong
-
-    monkeypatch.setattr(Table, "__getattribute__", damaged)
-    assert f"{kernel} (float32)" in selfcheck.wrong_kernels(library)
-
-
-def spoiled(kernel, arguments):
-    """A kernel's arguments with another number among them."""
-    arguments = list(arguments)
-    if kernel in ("combine", "pools_backward"):  # the shares
-        place = 6 if kernel == "combine" else 7
-        arguments[place] = type(arguments[place])(*(0.5 * p for p in arguments[place]))
-    elif kernel == "dots":
-        arguments[0] -= 1  # pixels
-    elif kernel == "unit_forward":
-        arguments[4] += 4  # weights that begin one later
-    elif kernel == "pools_forward":
-        arguments[1] += 4
-    return arguments
-
-
-@needs_kernels
-def test_a_forked_process_has_kernels():
-    program = """
-import os, torch
-from conas.darts.operations import SepConv
-from conas.engine.native.functions import run_operation
-from conas.engine.native.loader import kernels
-from conas.engine.native.parts import read
-torch.set_num_threads(2)
-module, x = SepConv(4, 3, 1, False), torch.randn(4, 4, 8, 8)
-def run():
-    return run_operation(kernels(), read(module), x, list(module.parameters()), True)
-before = run()
-child = os.fork()
-if not child:
-    os._exit(0 if torch.equal(run(), before) else 1)
-raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
-"""
-    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
