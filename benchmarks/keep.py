@@ -5,7 +5,6 @@
 Checkpoints, logits and paths of this machine are left out.
 """
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from benchmarks.machine import RESULTS
 from conas import cli
 from conas.errors import InputError
 from conas.files import read_json, write_json, write_text
-from conas.runs.folder import read_arguments
+from conas.runs.folder import portable, read_arguments
 
 
 def keep(folder: Path, target: Path) -> list[str]:
@@ -24,9 +23,9 @@ def keep(folder: Path, target: Path) -> list[str]:
     names = []
     try:
         if (folder / "args.json").is_file():
-            arguments = read_arguments(folder)
-            write_json(target / "args.json", {name: value for name, value in arguments.items()
-                                              if name != "suffixes" and not os.path.isabs(str(value))})
+            arguments = portable(read_arguments(folder))
+            arguments.pop("suffixes", None)
+            write_json(target / "args.json", arguments)
             names.append("args.json")
         if (folder / "metrics.jsonl").is_file():
             write_text(target / "metrics.jsonl", (folder / "metrics.jsonl").read_text(encoding="utf-8"))

@@ -101,6 +101,12 @@ def read_json(path: str | Path) -> object:
     return parse_json(Path(path).read_text(encoding="utf-8"))
 
 
+def read_json_lines(path: str | Path) -> list:
+    """What each line of a file holds, as JSON. Raises as `read_json` does."""
+    check_regular(path)
+    return [parse_json(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
 def parse_json(text: str) -> object:
     """What a JSON text holds. Raises ValueError if it is not JSON.
 

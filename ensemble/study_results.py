@@ -8,22 +8,21 @@
 import dataclasses
 import os
 import platform
-import shutil
 from pathlib import Path
 
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from conas import cli
 from conas.commands import search, train
 from conas.commands.scoring import scores_for
+from conas.darts.derived import count_parameters, flops
 from conas.darts.space import Space, discover
 from conas.data.images import DATASETS
 from conas.errors import InputError
-from conas.files import atomic_path, read_json, write_json
+from conas.files import read_json, write_json, write_text
 from conas.runs.checkpoint import load, restore
-from conas.runs.folder import FREE, list_checkpoints, read_arguments
+from conas.runs.folder import FREE, list_checkpoints, portable, read_arguments
 from conas.runs.options import TestOptions
 from conas.runs.scores import Scores, load_scores, save_scores
 from ensemble.combine.committee import check_finite
@@ -120,9 +119,7 @@ def network_cost(space: Space, path: Path) -> dict[str, int]:
     dataset_info = checkpoint["dataset"]
     channels = DATASETS[dataset_info["name"]].channels
     side = dataset_info.get("crop") or dataset_info["image_size"]
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        network(torch.zeros(1, channels, side, side))
-    return {"parameters": sum(p.numel() for p in network.parameters()), "flops": counter.get_total_flops()}
+    return {"parameters": count_parameters(network), "flops": 2 * flops(network, (channels, side, side))}
 
 
 def mean_costs(results: dict[tuple[str, int], Result]) -> dict[str, dict[str, float | None]]:
@@ -141,13 +138,13 @@ def keep(plan: Path, content: dict, folder: Path, options: TestOptions, note: st
     """
     spaces = {space.name: space for space in discover(ROOT)}
     paths = cli.path_flags((*search.GROUPS, *train.GROUPS))
-    portable = content | {"runs": [run | {"commands": [without_paths(command, paths) for command in run["commands"]]}
+    shared = content | {"runs": [run | {"commands": [without_paths(command, paths) for command in run["commands"]]}
                                    for run in content["runs"]]}
     target, count = folder / plan.name, 0
-    if target.exists() and read_json(target) != portable:
+    if target.exists() and read_json(target) != shared:
         raise InputError(f"{target}: is another plan; keep these runs in another folder")
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(target, portable)
+    write_json(target, shared)
     for run in tqdm(content["runs"], desc="runs", leave=False, disable=None):
         own, source = kept_folder(target, run), last_folder(run)
         if not finished(source) or (own / "run.json").is_file():
@@ -156,13 +153,10 @@ def keep(plan: Path, content: dict, folder: Path, options: TestOptions, note: st
         own.mkdir(parents=True, exist_ok=True)
         save_scores(own / "scores.npz", result.scores, compact=True)
         if (source / "metrics.jsonl").is_file():
-            with atomic_path(own / "metrics.jsonl") as temporary:
-                shutil.copyfile(source / "metrics.jsonl", temporary)
-        named = {flag.removeprefix("--") for flag in paths}
+            write_text(own / "metrics.jsonl", (source / "metrics.jsonl").read_text(encoding="utf-8"))
         write_json(own / "run.json", {
             "format": "conas-kept-run", "note": note, "torch": torch.__version__, "python": platform.python_version(),
-            "cost": result.cost, "arguments": {name: value for name, value in result.arguments.items()
-                                               if name not in named or not os.path.isabs(str(value))}})
+            "cost": result.cost, "arguments": portable(result.arguments)})
         count += 1
     here = sum(is_here(target, run) for run in content["runs"])
     print(f"{count} runs are new in {folder}, which has {here} of {len(content['runs'])} now; "

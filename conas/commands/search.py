@@ -152,10 +152,7 @@ class SearchRun(Loop):
         self.architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
 
     def state(self) -> dict:
-        return checkpoints.describe(self.network, space=self.name, epoch=self.meter.epoch, dataset=self.dataset_info,
-                                    arguments=self.arguments, code=self.code) | {
-            "optimizer": self.optimizer.state_dict(), "alpha_optimizer": self.architect.alpha_optimizer.state_dict(),
-            "metrics": self.metrics, "course": self.meter.state()}
+        return super().state() | {"alpha_optimizer": self.architect.alpha_optimizer.state_dict()}
 
     def finished_before(self) -> None:
         if not (self.folder / "cells" / "reduce.png").exists():  # it was killed before its last picture

@@ -139,11 +139,6 @@ class TrainRun(Loop):
         self.network.load_state_dict(checkpoints.restore_derived(path, state, self.space.operations).state_dict())
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def state(self) -> dict:
-        return checkpoints.describe(self.network, space=self.name, epoch=self.meter.epoch, dataset=self.dataset_info,
-                                    arguments=self.arguments, primitives=self.primitives, code=self.code) | {
-            "optimizer": self.optimizer.state_dict(), "metrics": self.metrics, "course": self.meter.state()}
-
     def resume(self) -> None:
         super().resume()
         repair_best(self.run, self.metrics)

@@ -2,7 +2,6 @@
 
     python -m conas.draw cnn_space1/search-EXP --out health.svg
 """
-import json
 import math
 from argparse import Namespace
 from collections.abc import Sequence
@@ -10,7 +9,7 @@ from pathlib import Path
 
 from conas.draw.cell import GREY, INK, defaults, picture_format, save_figure
 from conas.errors import InputError
-from conas.files import check_regular
+from conas.files import read_json_lines
 
 # Of each panel: its title, and the fields of metrics.jsonl with their names; what a search has none of is left out.
 PANELS = {"top-1, %": {"valid_top1": "images for alphas", "train_top1": "images for weights"},
@@ -26,13 +25,11 @@ def read_rows(path: Path) -> list[dict]:
     Raises InputError for another file.
     """
     try:
-        check_regular(path)
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         rows = [{name: value for name, value in row.items() if type(value) in (int, float) and math.isfinite(value)}
-                for row in rows]
+                for row in read_json_lines(path)]
         if [row["epoch"] for row in rows] == list(range(len(rows))) and rows:
             return rows
-    except (OSError, ValueError, LookupError, AttributeError, RecursionError, OverflowError) as error:
+    except (OSError, ValueError, LookupError, AttributeError, OverflowError) as error:
         raise InputError(f"{path}: cannot be read as a search's lines of metrics ({type(error).__name__}: {error}); "
                          "name a folder cnn_spaceN/search-EXP") from error
     raise InputError(f"{path}: has no epochs, or not one line for each; name a folder cnn_spaceN/search-EXP")

@@ -14,6 +14,7 @@ from conas.darts.supernet import MixedOp, SearchCell, Supernet
 from conas.engine.batchnorm import convert
 from conas.engine.edges import is_computed
 from conas.engine.native.loader import kernels, why_no_kernels
+from conas.engine.native.parts import has_hooks
 from conas.engine.native.swap import NativePass, knows_any
 from conas.engine.packed import PackedPass
 
@@ -48,7 +49,7 @@ def why_not(network: nn.Module) -> str | None:
             for name, operation in zip(network.primitives, mixed._ops):
                 if not is_computed(name, operation):
                     return f"it does not know the operation {name} ({type(operation).__name__})"
-    hooked = [name for name, module in network.named_modules() if module._forward_hooks or module._forward_pre_hooks]
+    hooked = [name for name, module in network.named_modules() if has_hooks(module)]
     return f"{hooked[0] or 'the network'} has a hook" if hooked else None
 
 

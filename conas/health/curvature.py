@@ -3,8 +3,7 @@
 RobustDARTS (Zela et al., arXiv:1909.09656) found that searches whose cells generalise badly are those in which it
 grows. It is found by Lanczos' iteration, which needs no Hessian but its products with vectors. These are exact, by
 double backward through the definition. A difference of two gradients would not do: in float32 its step is large enough
-to cross kinks of ReLU and max pooling, whose jumps it divides by the step (seen: 2 to 18
-times the eigenvalue).
+to cross kinks of ReLU and max pooling, whose jumps it divides by the step (seen: 2 to 18 times the eigenvalue).
 
 The batch, the first vector and the random numbers of the pass are the same in each epoch, so that values compare over
 epochs. Weights are those of now, BatchNorm goes by the batch, and running statistics and random generators are left as
@@ -17,7 +16,6 @@ import torch
 from torch import Tensor
 
 from conas.darts.architect import Batch, Bilevel, RandomState
-from conas.darts.drop_path import without_drop_path
 from conas.darts.passes import frozen_statistics
 
 TOLERANCE = 0.005  # of the eigenvalue, where the iteration ends
@@ -78,7 +76,7 @@ class Curvature:
         network.train()
         try:
             torch.manual_seed(self.seed)
-            with frozen_statistics(network), without_drop_path(network):
+            with frozen_statistics(network):
                 products = self.architect.alpha_products(self.batch, self.architect.weights())
                 return dominant_eigenvalue(lambda v: products(v.to(self.batch[0])), sum(a.numel() for a in alphas),
                                            self.seed)[0]

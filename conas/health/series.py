@@ -5,13 +5,12 @@
 
 Eigenvalues are those of the epochs listed beside them, skips are by epoch from 0. Other fields are ignored.
 """
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
 from conas.errors import InputError
-from conas.files import check_regular, read_json
+from conas.files import read_json, read_json_lines
 from conas.health.collapse import FEWEST_EPOCHS, FEWEST_VALUES, LONG, collapsing_from, usable
 from conas.runs.folder import read_arguments
 
@@ -106,8 +105,7 @@ def read_search(folder: Path) -> Series:
     epochs = read_arguments(folder).get("epochs")
     path = folder / "metrics.jsonl"
     try:
-        check_regular(path)
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = read_json_lines(path)
         skips = [float(row["skips"]) for row in rows]
         curvature = {int(row["epoch"]): float(row["curvature"]) for row in rows if "curvature" in row}
         return Series(skips, curvature, int(epochs))

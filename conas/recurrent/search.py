@@ -28,7 +28,6 @@ from conas.recurrent.steps import (
     weight_step,
 )
 from conas.recurrent.text import Text, load_corpus
-from conas.runs import checkpoint as checkpoints
 from conas.runs import code
 from conas.runs.folder import folder_name
 from conas.runs.loop import Loop, Skipped
@@ -95,10 +94,8 @@ class SearchRun(Loop):
         self.architect.alpha_optimizer.load_state_dict(state["alpha_optimizer"])
 
     def state(self) -> dict:
-        return checkpoints.describe(self.network, space=self.name, epoch=self.meter.epoch, dataset=self.dataset_info,
-                                    arguments=self.arguments, code=self.code) | {
-            "optimizer": self.optimizer.state_dict(), "alpha_optimizer": self.architect.alpha_optimizer.state_dict(),
-            "metrics": self.metrics, "course": self.meter.state(),
+        return super().state() | {
+            "alpha_optimizer": self.architect.alpha_optimizer.state_dict(),
             "readers": {name: reader.state() for name, reader in self.readers.items()}}
 
     def finished_before(self) -> None:

@@ -146,15 +146,8 @@ class TrainRun(Loop):
         self.optimizer.load_state_dict(state["optimizer"])
         self.average = Average(self.network, state["average"]) if state["average"] else None
 
-    def checkpoint(self, epoch: int) -> dict:
-        """Of the network as it is now."""
-        return checkpoints.describe(self.network, space=self.name, epoch=epoch, dataset=self.dataset_info,
-                                    arguments=self.arguments, primitives=self.primitives, code=self.code)
-
     def state(self) -> dict:
-        return self.checkpoint(self.meter.epoch) | {
-            "optimizer": self.optimizer.state_dict(), "average": self.average and self.average.state(),
-            "metrics": self.metrics, "course": self.meter.state(), "reader": self.reader.state()}
+        return super().state() | {"average": self.average and self.average.state(), "reader": self.reader.state()}
 
     def resume(self) -> None:
         super().resume()

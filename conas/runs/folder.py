@@ -11,6 +11,7 @@
         probabilities/epoch_000.npz ...  test_all.csv  written by test_all.py
 """
 import json
+import os
 import re
 from pathlib import Path
 
@@ -121,6 +122,11 @@ class Run:
 def begun_with(folder: Path) -> dict:
     """`read_arguments` of the first process, on all; {} before the run's first start."""
     return distributed.from_rank0(lambda: read_arguments(folder) if (folder / "args.json").exists() else {})
+
+
+def portable(arguments: dict) -> dict:
+    """Arguments without those that are absolute paths of a machine."""
+    return {name: value for name, value in arguments.items() if not os.path.isabs(str(value))}
 
 
 def read_arguments(folder: Path) -> dict:

@@ -22,6 +22,7 @@ import torch
 from torch import nn
 
 from conas import distributed
+from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import Run
 from conas.runs.options import KeepOptions
 from conas.runs.progress import SHORTER, EpochMeter, log_eta, resumed
@@ -50,6 +51,8 @@ class Loop(ABC):
     network: nn.Module
     optimizer: torch.optim.Optimizer
     dataset_info: dict
+    code: dict[str, str]                            # digests of the space's own code
+    primitives: Sequence[str] | None = None         # of the space, where the network does not know them
 
     @abstractmethod
     def __init__(self, name: str, folder: Path, groups: Sequence[object], keep: KeepOptions, **more: object):
@@ -65,10 +68,6 @@ class Loop(ABC):
     @abstractmethod
     def restore(self, state: dict) -> None:
         """Put a state of resume.pt into network and optimizers. Raises InputError if it is of another network."""
-
-    @abstractmethod
-    def state(self) -> dict:
-        """All that the next step depends on: a checkpoint, and what `restore` and `new_epoch` need besides."""
 
     @abstractmethod
     def introduce(self, goes_on: str) -> None:
@@ -101,6 +100,16 @@ class Loop(ABC):
     @abstractmethod
     def finish(self) -> None:
         """Log what the run has found."""
+
+    def checkpoint(self, epoch: int) -> dict:
+        """The network as it is now, after `epoch`."""
+        return checkpoints.describe(self.network, space=self.name, epoch=epoch, dataset=self.dataset_info,
+                                    arguments=self.arguments, primitives=self.primitives, code=self.code)
+
+    def state(self) -> dict:
+        """All that the next step depends on: a checkpoint, and what `restore` and `new_epoch` need besides."""
+        return self.checkpoint(self.meter.epoch) | {"optimizer": self.optimizer.state_dict(), "metrics": self.metrics,
+                                                    "course": self.meter.state()}
 
     def resume(self) -> None:
         """Go on from the run's last state, if there is one."""

@@ -11,7 +11,7 @@ from torch.func import functional_call
 
 from conas.darts.batchnorm import use_exact_sums
 from conas.darts.operations import AveragePool, DilConv, FactorizedReduce, ReLUConvBN, SepConv
-from conas.engine.door import accelerate
+from conas.engine.door import accelerate, why_not
 from conas.engine.native.cell import NativeCell
 from conas.engine.native.functions import run_operation
 from conas.engine.native.loader import kernels, why_no_kernels
@@ -192,3 +192,16 @@ def test_what_was_changed_is_not_taken_for_what_it_was():
         changed = deepcopy(right)
         change(changed)
         assert read(changed).kind == "own"
+
+
+@needs_kernels
+@pytest.mark.parametrize("register", ["register_forward_hook", "register_full_backward_hook"])
+def test_a_hook_on_an_edge_is_called_with_and_without_kernels(register):
+    for native in (True, False):
+        network, calls = import_module("cnn_space2.model_search").Network(2, 3, 3), []
+        edge = network.cells[0]._ops[0]
+        getattr(edge, register)(lambda *_, calls=calls: calls.append(1))
+        engine = accelerate(network, native=native)
+        assert "has a hook" in why_not(network) and (engine is None or "cells.0." not in engine.cells)
+        network.with_weights(torch.randn(2, 3, 8, 8), network.flat().detach().requires_grad_()).sum().backward()
+        assert len(calls) == 1

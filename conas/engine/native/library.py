@@ -48,7 +48,6 @@ class Library:
         """The kernels for maps of this type: vectors of 64 bytes, if there are any, where the channels fill them."""
         return self._tables[dtype, channels % 16 == 0]
 
-
     def tables(self) -> list["Table"]:
         """Those of all types and widths."""
         return list(self._tables.values())

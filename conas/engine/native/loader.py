@@ -32,7 +32,6 @@ class Unavailable(Exception):
     """There are no kernels; the message says why."""
 
 
-@lru_cache(maxsize=1)
 def kernels() -> Library | None:
     """The kernels, compiled, loaded and compared with torch, or None; `why_no_kernels` says why."""
     return _found()[0]

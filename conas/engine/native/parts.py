@@ -95,7 +95,7 @@ def pool_sizes(N: int, H: int, W: int, C: int, ld: int, stride: int, eps: float)
 def read(module: nn.Module) -> Operation:
     """Say what an operation of a supernet is to the kernels."""
     own = Operation("own", module)
-    if any(_is_changed(part) for part in module.modules()):
+    if any(is_changed(part) for part in module.modules()):
         return own
     if type(module) is Zero:
         return Operation("none", module)
@@ -117,7 +117,7 @@ def read(module: nn.Module) -> Operation:
 
 def read_units(module: nn.Module) -> tuple[Unit, ...] | None:
     """The units that an operation is made of, or None if it is made of others."""
-    if any(_is_changed(part) for part in module.modules()):
+    if any(is_changed(part) for part in module.modules()):
         return None
     if type(module) is FactorizedReduce:
         return _halves(module)
@@ -136,10 +136,14 @@ def read_units(module: nn.Module) -> tuple[Unit, ...] | None:
     return tuple(units)
 
 
-def _is_changed(part: nn.Module) -> bool:
+def is_changed(part: nn.Module) -> bool:
     """Whether it may compute something else than its class says."""
-    return bool("forward" in vars(part) or part._forward_hooks or part._forward_pre_hooks or part._backward_hooks
-                or part._backward_pre_hooks or getattr(part, "parametrizations", None))
+    return bool("forward" in vars(part) or has_hooks(part) or getattr(part, "parametrizations", None))
+
+
+def has_hooks(part: nn.Module) -> bool:
+    """Whether something else runs when it does, forwards or backwards."""
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
 
 def _is_norm(norm: nn.Module) -> bool:

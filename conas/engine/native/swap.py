@@ -17,7 +17,7 @@ from conas.darts.supernet import MixedOp, SearchCell, Supernet
 from conas.engine.native.cell import NativeCell
 from conas.engine.native.functions import run_operation
 from conas.engine.native.library import Library
-from conas.engine.native.parts import Operation, Seen, read
+from conas.engine.native.parts import Operation, Seen, is_changed, read
 from conas.engine.packed import PackedPass
 
 TYPES = torch.float32, torch.float64
@@ -61,9 +61,9 @@ class NativePass:
         """Make what computes a cell, or operations of it."""
         own = {name: place for name, place in places.items() if name.startswith(prefix)}
         first = min(own.values(), default=0)
-        plain = (isinstance(cell, SearchCell) and type(cell).forward is SearchCell.forward and not _is_changed(cell)
+        plain = (isinstance(cell, SearchCell) and type(cell).forward is SearchCell.forward and not is_changed(cell)
                  and all(isinstance(mixed, MixedOp) and type(mixed).forward is MixedOp.forward
-                         and not _is_changed(mixed) for mixed in cell._ops))
+                         and not is_changed(mixed) for mixed in cell._ops))
         size = sum(p.numel() for p in cell.parameters())
         together = own and max(places[name] + self._count(name) for name in own) - first == size
         if plain and together:
@@ -160,10 +160,6 @@ def knows_any(network: nn.Module) -> bool:
     """Whether there is an operation on the edges of a network's cells that kernels know."""
     return any(read(module).kind not in ("none", "skip", "own") for cell in getattr(network, "cells", ())
                for name, module in cell.named_modules() if not name.startswith("preprocess"))
-
-
-def _is_changed(module: nn.Module) -> bool:
-    return "forward" in vars(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 @torch.no_grad()
