@@ -18,11 +18,13 @@ from conas.files import check_writable, write_text
 
 def main(argv: Sequence[str] | None = None) -> None:
     """The command line above. Raises InputError for what is no cell, and for a form that cannot say all of it."""
-    forms = "\n".join(f"  {form.name:12} {form.title}" for form in FORMS.values())
+    forms = "\n".join(f"  {form.name:12} {form.title}{'' if form.write else ', read only'}" for form in FORMS.values())
     parser = Parser(prog="python -m conas.exchange", description=f"{__doc__}\nforms:\n{forms}",
                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cell", metavar="CELL", help="what is read")
-    parser.add_argument("--to", required=True, choices=list(FORMS), help="the form to write")
+    parser.add_argument("--to", required=True,
+                        choices=[name for name, form in FORMS.items() if form.write],
+                        help="the form to write")
     parser.add_argument("--out", metavar="FILE", help="write this file (default: standard output)")
     values = parser.parse_args(argv)
     if values.out is not None:

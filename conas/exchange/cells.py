@@ -14,13 +14,13 @@ from conas.darts.genotype import Genotype, Misfit
 from conas.darts.operations import OPERATIONS
 from conas.darts.published import GENOTYPES, ROOT, SOURCES, named_genotypes
 from conas.errors import InputError
-from conas.exchange import compact, genotype, grouped, nasbench301, nni, source
+from conas.exchange import archai, compact, genotype, grouped, nasbench301, nni, source
 from conas.exchange.form import FIELDS, Form
 from conas.files import check_regular
 
 # The first that recognises a value reads it.
 FORMS = {form.name: form for form in (genotype.TEXT, genotype.JSON, genotype.LIST, grouped.PT_DARTS, grouped.AUTODL,
-                                      nni.THREE, nni.TWO, nasbench301.CONFIG, compact.COMPACT)}
+                                      nni.THREE, nni.TWO, nasbench301.CONFIG, compact.COMPACT, archai.ARCHAI)}
 
 
 class Cell(NamedTuple):
@@ -70,12 +70,12 @@ def _values_of(file: str, where: str) -> dict[str, object]:
         check_regular(file)
         text = Path(file).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise InputError(f"{where}: is no text; cells are read from Python source, JSON and logs, never from pickles"
-                         ) from error
+        raise InputError(f"{where}: is no text; cells are read from Python source, JSON, YAML and logs, never from "
+                         "pickles") from error
     except (OSError, ValueError) as error:
         raise InputError(f"{where}: cannot be read as a genotype ({error}); name another file, or write this one again"
                          ) from error
-    return source.values_in(text, where, file.endswith(".json"))
+    return source.values_in(text, where, Path(file).suffix)
 
 
 def _only(values: dict[str, object], name: str, where: str, operations: Collection[str] | None, there: str) -> Cell:

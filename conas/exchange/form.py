@@ -15,14 +15,14 @@ class Form:
 
     `recognise` says whether a value, made of dicts, lists, texts, numbers and None, is of this form; `read` turns it
     into the four fields of a `Genotype`, or raises InputError that begins with `where`; `write` turns a genotype into
-    text, or raises InputError if that would lose something.
+    text, or raises InputError if that would lose something. It is None for a form that says more than a genotype does.
     """
 
     name: str
     title: str
     recognise: Callable[[object], bool]
     read: Callable[[object, str], dict]
-    write: Callable[[Genotype], str]
+    write: Callable[[Genotype], str] | None = None
     note: str = ""  # what is not kept, though it changes nothing that the cell computes
 
 

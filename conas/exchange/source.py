@@ -1,4 +1,4 @@
-"""Texts that hold cells: Python source, JSON, or a log. Read as data: nothing in them is called or imported."""
+"""Texts that hold cells: Python source, JSON, YAML or a log. Read as data: nothing in them is called or imported."""
 import ast
 import re
 
@@ -7,6 +7,7 @@ from conas.errors import InputError
 from conas.files import parse_json
 
 LONGEST = 2**20  # characters
+MOST_VALUES = 100_000  # of YAML, whose aliases let a short text stand for any number
 NAMEDTUPLES = "namedtuple", "NamedTuple"
 
 
@@ -14,19 +15,22 @@ class Unread(Exception):
     """An expression that stands for nothing that is read here."""
 
 
-def values_in(text: str, where: str, is_json: bool = False) -> dict[str, object]:
+def values_in(text: str, where: str, suffix: str = "") -> dict[str, object]:
     """What a text holds, by name; the name of what has none is "".
 
     A text is JSON, an expression, a file of assignments as a `genotypes.py`, or a log with `Genotype(...)` in its
     lines, whose names are then the numbers of the lines. Calls become `Misfit`s. What is not understood is left out.
-    Raises InputError for a text that is none of these, or that should be JSON and is not.
+    YAML is only what comes from a file whose name ends in a `suffix` of it. Raises InputError for a text that is none
+    of these, or that by its suffix should be JSON or YAML and is not.
     """
     if len(text) > LONGEST:
         raise InputError(f"{where}: has {len(text)} characters, and no file of cells has more than {LONGEST}")
+    if suffix in (".yaml", ".yml"):
+        return {"": _of_yaml(text, where)}
     try:
         return {"": parse_json(text)}
     except ValueError as error:
-        if is_json:
+        if suffix == ".json":
             raise InputError(f"{where}: cannot be read as a genotype ({error}); name another file, or write this one "
                              "again") from error
     try:
@@ -38,6 +42,41 @@ def values_in(text: str, where: str, is_json: bool = False) -> dict[str, object]
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise InputError(f"{where}: is neither Python nor JSON; expected is a cell in one of the forms that `python -m "
                          "conas.exchange --help` lists") from error
+
+
+def _of_yaml(text: str, where: str) -> object:
+    """What a YAML text holds. Its tags, which name Python's classes in files of archai, say nothing here."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise InputError(f"{where}: YAML needs a package that is not installed; pip install pyyaml") from error
+    try:
+        root, rest = yaml.compose(text, Loader=yaml.SafeLoader), [MOST_VALUES]  # nodes of text: no object is made
+        if root is None:
+            raise ValueError("it is empty")
+        return _of_node(root, rest)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"{where}: cannot be read as YAML ({reason:.200}); name another file, or write this one again"
+                         ) from error
+
+
+def _of_node(node, rest: list[int]) -> object:
+    """Dicts, lists, texts, whole numbers and None of a node of YAML; of `rest` values at most."""
+    rest[0] -= 1
+    if rest[0] < 0:
+        raise ValueError(f"it has more than {MOST_VALUES} values")
+    if node.id == "sequence":
+        return [_of_node(item, rest) for item in node.value]
+    if node.id == "mapping":
+        made = {key.value: _of_node(item, rest) for key, item in node.value if key.id == "scalar"}
+        if len(made) != len(node.value):
+            raise ValueError(f"it has the same key twice, or a key that is no text, in line {node.start_mark.line + 1}")
+        return made
+    if node.tag == "tag:yaml.org,2002:null":
+        return None
+    plain = node.tag == "tag:yaml.org,2002:int" and re.fullmatch(r"-?(0|[1-9]\d{0,8})", node.value)
+    return int(node.value) if plain else node.value
 
 
 def _of_python(tree: ast.Module) -> dict[str, object]:
