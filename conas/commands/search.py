@@ -9,6 +9,7 @@ from torch import Tensor
 
 from conas import distributed
 from conas.cli import find_device, parse
+from conas.commands.init_arch import initial_cell, lean
 from conas.commands.remedies import apply_remedies, find_interval, first_batch
 from conas.commands.scoring import validate
 from conas.commands.training_data import describe_images, training_images
@@ -84,12 +85,14 @@ class SearchRun(Loop):
         data = check_data(run_folder, data, suffixes)
         before = begun_with(run_folder)
         augment, supernet = augment.decided(data, before), supernet.decided(data, before)
+        alphas, self.init_cell, self.init_words = initial_cell(self.space, alphas, before)
         check_outputs(run_folder)
         check_pictures()
         if options.tensorboard:
             summary_writer()
         groups = (data, augment, supernet, weights, alphas, health, options, keep, processes, speed)
-        super().__init__(self.space.name, run_folder, groups, keep, suffixes=suffixes)
+        super().__init__(self.space.name, run_folder, groups, keep, suffixes=suffixes,
+                         init_cell=self.init_cell and str(self.init_cell))
         self.lr_scale = processes.lr_scale
         self._read_images(data, augment)
         self._build(architect, supernet, weights, alphas, health, processes, speed)
@@ -120,6 +123,8 @@ class SearchRun(Loop):
         info = self.images.info
         self.network = self.space.network(supernet.init_channels, info.num_classes, supernet.layers, info.channels,
                                           supernet.stem)
+        if self.init_cell is not None:
+            lean(self.network, self.init_cell, alphas.init_share)
         self.network.to(self.device, memory_format=torch.channels_last)
         apply_remedies(self.network, self.space, health, weights)
         self.engine, self.no_engine = engine_or_reason(self.network, processes.sync_bn, speed.engine)
@@ -165,6 +170,8 @@ class SearchRun(Loop):
         self.log(f"{self.name}: {self.space.primitives}")
         self.log(f"second order: the alphas follow the hypergradient through the virtual step{exact}" if flags.unrolled
                  else "first order: the alphas follow the validation gradient at the present weights (--no-unrolled)")
+        if self.init_cell is not None:
+            self.log(f"alphas begin with a share of {flags.init_share:g} for each operation of {self.init_words}")
         if flags.stem != "cifar":
             self.log(f"stem {flags.stem}: the cells see an eighth of an image's side, not all of it (--stem cifar)")
         self.log(f"{full_name(flags.dataset)}: {len(self.halves[0])} images for weights, {len(self.halves[1])} for "

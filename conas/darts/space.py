@@ -1,4 +1,5 @@
 """Find the search spaces: the only code that globs for `cnn_space*` folders."""
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -6,6 +7,7 @@ from pathlib import Path
 
 from conas.darts.operations import with_own
 from conas.darts.primitives import Primitives
+from conas.darts.published import GENOTYPES, named_genotypes
 from conas.darts.supernet import Supernet
 from conas.errors import InputError
 
@@ -30,6 +32,12 @@ class Space:
     def operations(self) -> dict[str, Callable]:
         """Every operation that cells of this space may have, by name: those of conas, and its own, which win."""
         return with_own(self.network.operations if self.network else self.own_operations)
+
+    @property
+    def named(self) -> dict[str, object]:
+        """Genotypes by name: the published ones, and those of the genotypes.py that the supernet's module imports."""
+        own = getattr(sys.modules.get(self.network.__module__), "genotypes", None)
+        return named_genotypes(own) if own else dict(GENOTYPES)
 
     def search_folder(self, save: str) -> Path:
         """The run folder of `train_search.py --save SAVE`."""

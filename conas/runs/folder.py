@@ -31,9 +31,9 @@ from conas.runs.extension import Stretches, stretches_of
 # these are, their fingerprint tells, and not a flag.
 FREE = {"data", "device", "workers", "report_freq", "save", "tensorboard", "compile", "checkpoint_freq",
         "checkpoint_minutes", "on_nan", "deterministic", "skip_bad_images", "checkpoint_cells", "cuda_graph", "engine",
-        "suffixes", "follow_links", "extend", "check_only", "curvature"}
+        "suffixes", "follow_links", "extend", "check_only", "curvature", "init_cell"}  # init_arch decides
 OF_A_MACHINE = {"data", "workers"}  # may differ between processes that compute one run together
-PATHS = {"arch", "init_from"}       # one place has several spellings, and others on other machines
+PATHS = {"arch", "init_arch", "init_from"}  # one place has several spellings, and others on other machines
 
 
 class Run:

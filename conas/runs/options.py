@@ -11,6 +11,7 @@ from conas.data.imagefiles import RESIZES
 from conas.data.images import DATASETS
 
 ROOT = Path(__file__).resolve().parents[2]
+CELL_FILES = ".json", ".py", ".txt", ".log", ".yaml", ".yml"  # suffixes of files that --arch and --init_arch take
 SKIP = "leave out image files that cannot be read, and list them; all are decoded once at the start"
 
 
@@ -103,6 +104,11 @@ class AlphaOptions:
                       "difference, or exact, by double backward", choices=["difference", "exact"])
     arch_learning_rate: float = option(3e-4, "of the alphas", low=0.0)
     arch_weight_decay: float = option(1e-3, "of the alphas", low=0.0)
+    init_arch: str | None = option(None, "cells that the first alphas lean to, given as --arch of train.py takes them "
+                                   "(default: none, all operations of an edge have nearly equal shares)",
+                                   path=CELL_FILES)
+    init_share: float | None = option(None, "share of an operation of --init_arch on its edge at the start, between 0 "
+                                      "and 1 (default: 0.5)", low=0.01, high=0.99)
 
 
 @dataclass
@@ -177,7 +183,6 @@ RECIPES = {
     "imagenet": {"init_channels": 48, "layers": 14, "epochs": 250, "batch_size": 128, "learning_rate": 0.1,
                  "gamma": 0.97, "weight_decay": 3e-5, "label_smooth": 0.1, "drop_path_prob": 0.0},
 }
-CELL_FILES = ".json", ".py", ".txt", ".log"  # suffixes by which a value of --arch is known to be a file
 PHOTOGRAPHS = ("folder", "imagenet", "imagenette")  # data sets that have the recipe imagenet from 128 pixels on
 
 
