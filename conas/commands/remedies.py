@@ -4,16 +4,18 @@ from contextlib import closing
 
 from conas import distributed
 from conas.darts.architect import Batch
+from conas.darts.drop_path import DropPath
 from conas.darts.genotype import check_max_skips
 from conas.darts.space import Space
 from conas.darts.supernet import Supernet
 from conas.errors import InputError
 from conas.health.curvature import default_interval
-from conas.runs.options import AlphaOptions, HealthOptions, ProcessOptions, WeightOptions
+from conas.runs.options import AlphaOptions, HealthOptions, ProcessOptions, SpeedOptions, WeightOptions
 
 
-def apply_remedies(network: Supernet, space: Space, health: HealthOptions, weights: WeightOptions) -> None:
-    """Give a new supernet its limit of skips.
+def apply_remedies(network: Supernet, space: Space, health: HealthOptions, weights: WeightOptions,
+                   speed: SpeedOptions) -> DropPath | None:
+    """Give a new supernet its limit of skips and, if there is to be any, its drop path, which is returned.
 
     Raises InputError for remedies that would do nothing, or not what they say.
     """
@@ -26,6 +28,12 @@ def apply_remedies(network: Supernet, space: Space, health: HealthOptions, weigh
     if health.alpha_warmup >= weights.epochs:
         raise InputError(f"--alpha_warmup {health.alpha_warmup}: must be less than --epochs {weights.epochs}, or no "
                          "alpha is ever trained")
+    if not health.drop_path_prob:
+        return None
+    if speed.cuda_graph:
+        raise InputError("--drop_path_prob: a CUDA graph draws anew in each pass of a step, and these have to lose the "
+                         "same edges; leave --cuda_graph out")
+    return DropPath(network)
 
 
 def find_interval(health: HealthOptions, alphas: AlphaOptions, weights: WeightOptions, processes: ProcessOptions,

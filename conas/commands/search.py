@@ -126,7 +126,7 @@ class SearchRun(Loop):
         if self.init_cell is not None:
             lean(self.network, self.init_cell, alphas.init_share)
         self.network.to(self.device, memory_format=torch.channels_last)
-        apply_remedies(self.network, self.space, health, weights)
+        self.drop_path = apply_remedies(self.network, self.space, health, weights, speed)
         self.engine, self.no_engine = engine_or_reason(self.network, processes.sync_bn, speed.engine)
         self.optimizer = weight_optimizer(self.network, weights)
         self.architect = architect(self.network, self.optimizer, arch_learning_rate=alphas.arch_learning_rate,
@@ -179,6 +179,9 @@ class SearchRun(Loop):
                  f"{self.device}{' in bfloat16, alphas in float32' if self.amp else ''}{goes_on}")
         for note in committee_notes(self.folder, self.arguments):
             self.log(note)
+        if flags.drop_path_prob:
+            self.log(f"drop path: in training an image loses an edge with probability 0 to {flags.drop_path_prob:g}, "
+                     "rising by epoch")
         for line in describe(self.network, self.engine, self.no_engine, flags.sync_bn):
             self.log(line)
         for warning in self.train.warnings():
@@ -208,8 +211,13 @@ class SearchRun(Loop):
         self.optimizer.param_groups[0]["lr"] = self.lr
         self.unchecked = self.engine is not None
         self.warming = epoch < flags.alpha_warmup
+        if self.drop_path is not None:
+            self.drop_path.prob = self._drop_path_prob(epoch)
         return EpochMeter(f"{self.name} epoch {epoch} of {flags.epochs}", epoch, self.train, flags.report_freq,
                       skip=self.skip, state=state and state["course"])
+
+    def _drop_path_prob(self, epoch: int) -> float:
+        return self.run.stretches.risen(epoch, self.flags.drop_path_prob)
 
     def inputs(self, step: int) -> tuple[Batch, Batch, float]:
         train, valid = (next(batches) for batches in self.batches)
@@ -222,14 +230,17 @@ class SearchRun(Loop):
         self.meter.add(*result, self.train.size(self.meter.step))
 
     def validate(self) -> Validation:
+        if self.drop_path is not None:
+            self.drop_path.prob = 0.0  # the curvature is that of all edges
         self.signs = self.health.look(self.meter.epoch)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
             return validate(self.network, self.images, self.halves[1], self.device, self.flags.workers)
 
     def figures(self, found: Validation) -> tuple[dict, str]:
         meter = self.meter
+        lost = {} if self.drop_path is None else {"drop_path_prob": self._drop_path_prob(meter.epoch)}
         return ({"learning_rate": self.lr, "train_loss": meter.loss, "train_top1": meter.top1,
-                 "valid_loss": found.loss, "valid_top1": found.top1} | self.signs,
+                 "valid_loss": found.loss, "valid_top1": found.top1} | lost | self.signs,
                 f"rate {self.lr:.4f}  train {meter.loss:.4f} {meter.top1:6.2f} %  "
                 f"valid {found.loss:.4f} {found.top1:6.2f} %")
 

@@ -144,7 +144,7 @@ def read_arguments(folder: Path) -> dict:
         arguments.setdefault("flip", DATASETS[dataset].flip)
         arguments.setdefault("resize", "crop")
         if "unrolled" in arguments:  # a search
-            for name, value in {"stem": "cifar", "stop_on": "never", "alpha_warmup": 0}.items():
+            for name, value in {"stem": "cifar", "stop_on": "never", "alpha_warmup": 0, "drop_path_prob": 0.0}.items():
                 arguments.setdefault(name, value)
         arguments["cutout_length"] = arguments.get("cutout_length") if arguments.get("cutout") else None
     return arguments

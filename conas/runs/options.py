@@ -121,6 +121,8 @@ class HealthOptions:
     stop_on: str = option("never", "end the search with its last sound cell once it collapses, or once its curvature "
                           "rises, as in RobustDARTS", choices=["collapse", "curvature", "never"])
     alpha_warmup: int = option(0, "epochs from 0 that train weights alone; PC-DARTS has 15", low=0)
+    drop_path_prob: float = option(0.0, "probability that an image loses an edge in training, rising from 0 to this "
+                                   "over the search; RobustDARTS has 0.2 to 0.6", low=0.0, high=0.99)
     max_skips: int | None = option(None, "most skip connections of the normal cell; P-DARTS and DARTS+ have 2 "
                                    "(default: any number)", low=0)
 

@@ -46,7 +46,7 @@ def test_signs_change_nothing_else_and_are_drawn(tmp_path, capsys):
 
 def test_a_run_with_remedies_goes_on_with_the_same_bits(tmp_path, monkeypatch):
     flags = ["--epochs", "3", "--curvature", "2", "--alpha_warmup", "1", "--max_skips", "1",
-             "--checkpoint_minutes", "0"]
+             "--drop_path_prob", "0.4", "--checkpoint_minutes", "0"]
     whole = run(tmp_path / "whole", *flags)
     first, *others = (torch.load(whole / "checkpoints" / f"epoch_00{epoch}.pt")["state"] for epoch in range(3))
     assert not torch.equal(first["alphas_normal"], others[0]["alphas_normal"])
@@ -102,6 +102,8 @@ def test_a_search_that_is_stopped_ends_with_its_sound_cell(tmp_path, monkeypatch
 @pytest.mark.parametrize("flags, word", [
     (["--stop_on", "curvature"], "--stop_on curvature: .* --curvature K"),
     (["--alpha_warmup", "1"], "--alpha_warmup 1: must be less than --epochs 1"),
+    (["--drop_path_prob", "0.2", "--cuda_graph"], "--drop_path_prob: .* leave --cuda_graph out"),
+    (["--drop_path_prob", "1"], "--drop_path_prob"),
 ])
 def test_remedies_that_cannot_work_are_refused(flags, word, tmp_path):
     with pytest.raises(InputError, match=word):
@@ -115,7 +117,7 @@ def test_a_run_from_before_these_flags_goes_on(tmp_path):
     shutil.copytree(folder.parent, tmp_path / "b" / "cnn_space2")
     old = tmp_path / "b" / "cnn_space2" / "search-EXP"
     arguments = json.loads((old / "args.json").read_text())
-    for name in ("curvature", "stop_on", "alpha_warmup", "max_skips"):
+    for name in ("curvature", "stop_on", "alpha_warmup", "max_skips", "drop_path_prob"):
         del arguments["arguments"][name]
     (old / "args.json").write_text(json.dumps(arguments))
     state = torch.load(old / "resume.pt")
