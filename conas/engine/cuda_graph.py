@@ -22,7 +22,9 @@ class Replayed:
     """An `iterate` (batches, then the learning rate) that is replayed for batches of `size` images.
 
     `iterate` must not look at values on the host, and reads the learning rate from its argument and from `optimizer`.
-    `record` stands in for `capture`. If it raises RuntimeError, a line to `log` says so, and iterations go on as usual.
+    Iterations go on as usual, and a line to `log` says so, if they draw random numbers on the device: all passes of a
+    step have to share them, and a graph draws anew in each; or if `record`, which stands in for `capture`, raises
+    RuntimeError.
     """
 
     def __init__(self, iterate: Iterate, optimizer: torch.optim.Optimizer, size: int, device: torch.device,
@@ -39,7 +41,11 @@ class Replayed:
         self.optimizer.param_groups[0]["lr"] = self.rate
         self.seen += 1
         if self.record is not None and self.seen <= WARM_UP:
-            return _aside(lambda: self.iterate(*batches, self.rate), self.stream)
+            before = random_state(self.rate.device)
+            results = _aside(lambda: self.iterate(*batches, self.rate), self.stream)
+            if not torch.equal(random_state(self.rate.device), before):
+                self._give_up("draws random numbers, which passes of a step share")
+            return results
         if self.record is None or any(len(labels) < self.size for _, labels in batches):
             return self.iterate(*batches, self.rate)
         if self.replay is None:
@@ -47,15 +53,17 @@ class Replayed:
             try:
                 self.replay, self.results = self.record(lambda: self.iterate(*self.inputs, self.rate))
             except RuntimeError as error:
-                self.log(f"--cuda_graph: the iteration cannot be recorded ({str(error).strip().splitlines()[0]}); "
-                         "the search goes on without a graph")
-                self.record = None
+                self._give_up(f"cannot be recorded ({str(error).strip().splitlines()[0]})")
                 return self.iterate(*batches, self.rate)
         for own, batch in zip(self.inputs, batches):
             for kept, tensor in zip(own, batch):
                 kept.copy_(tensor, non_blocking=True)
         self.replay()
         return self.results
+
+    def _give_up(self, reason: str) -> None:
+        self.log(f"--cuda_graph: the iteration {reason}; the search goes on without a graph")
+        self.record = None
 
 
 class ReplayedForward:
@@ -85,6 +93,11 @@ class ReplayedForward:
                 return self.network(images)
         self.replay()
         return self.results.clone()
+
+
+def random_state(device: torch.device) -> Tensor:
+    """The state of the generator that operations on a device draw from."""
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def _aside(function: Callable, stream: "torch.cuda.Stream | None"):

@@ -64,6 +64,19 @@ def test_graphs_elsewhere_and_graphs_that_fail(plain, tmp_path):
     assert len(run.lines) == 2 and "operation not permitted" in run.lines[1]
 
 
+def test_iterations_that_draw_random_numbers_are_not_recorded():
+    _, optimizer, _, batches = problem()
+    for draw, recorded in (torch.rand, False), (torch.zeros, True):
+        run, records = Log(), []
+        iterate = Replayed(lambda train, valid, lr, draw=draw: (draw(()) + lr, len(train[1])), optimizer, 6,
+                           torch.device("cpu"), run.log, lambda function, records=records: records.append(1) or
+                           pretend(function))
+        for _ in range(WARM_UP + 2):
+            iterate(*batches, 0.5)
+        assert bool(records) == recorded
+        assert [("draws random numbers" in line) for line in run.lines] == ([] if recorded else [True])
+
+
 def recording(function):
     """A stand-in for a graph: each replay computes again, into the same memory."""
     results = function().clone()
