@@ -1,6 +1,7 @@
 """A committee as a program of torch.export and as an ONNX file, neither of which says where it was written."""
 import io
 import warnings
+import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -45,7 +46,14 @@ def write_pt2(path: str | Path, program: torch.export.ExportedProgram, about: st
     buffer = io.BytesIO()  # a file's name would be in the archive, and that of a temporary one has a process number
     torch.export.save(program, buffer, extra_files={ABOUT: about})
     with atomic_path(path) as temporary:
-        temporary.write_bytes(buffer.getvalue())
+        _compress(buffer, temporary)
+
+
+def _compress(archive: io.BytesIO, path: Path) -> None:
+    """Write a zip archive with compressed members: torch only stores them, though a graph is mostly names."""
+    with zipfile.ZipFile(archive) as stored, zipfile.ZipFile(path, "w") as made:
+        for name in stored.namelist():
+            made.writestr(zipfile.ZipInfo(name), stored.read(name), zipfile.ZIP_DEFLATED)  # of no date
 
 
 def missing_packages(*names: str) -> list[str]:
