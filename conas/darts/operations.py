@@ -68,21 +68,24 @@ class DilConv(nn.Module):
 
 
 class FactorizedReduce(nn.Module):
-    """Halve height and width without losing pixels: two strided 1x1 convolutions, the second shifted by one pixel.
+    """Halve height and width without losing pixels: two 1x1 convolutions of every second pixel, from the first and from
+    the second on.
 
-    Odd sizes are padded at the lower right, so that both halves have ceil(size/2) pixels.
+    Odd sizes are padded at the lower right, so that both halves have ceil(size/2) pixels. The convolutions themselves
+    have no stride: oneDNN's weight gradient of one with a stride writes past its memory for few channels, and the
+    process crashes or computes other numbers (uxlfoundation/oneDNN#6035).
     """
 
     def __init__(self, C_in: int, C_out: int, affine: bool = True):
         super().__init__()
-        self.conv_1 = nn.Conv2d(C_in, C_out // 2, 1, stride=2, bias=False)
-        self.conv_2 = nn.Conv2d(C_in, C_out - C_out // 2, 1, stride=2, bias=False)
+        self.conv_1 = nn.Conv2d(C_in, C_out // 2, 1, bias=False)
+        self.conv_2 = nn.Conv2d(C_in, C_out - C_out // 2, 1, bias=False)
         self.bn = nn.BatchNorm2d(C_out, affine=affine)
 
     def forward(self, x: Tensor) -> Tensor:
         x = torch.relu(x)
-        shifted = nn.functional.pad(x[:, :, 1:, 1:], (0, x.shape[3] % 2, 0, x.shape[2] % 2))
-        return self.bn(torch.cat([self.conv_1(x), self.conv_2(shifted)], dim=1))
+        second = nn.functional.pad(x[:, :, 1::2, 1::2], (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return self.bn(torch.cat([self.conv_1(x[:, :, ::2, ::2]), self.conv_2(second)], dim=1))
 
 
 class Zero(nn.Module):

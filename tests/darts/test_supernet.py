@@ -1,5 +1,7 @@
 """The supernet against the textbook one of the benchmarks: what it shares between edges must change no number."""
 import itertools
+import subprocess
+import sys
 from contextlib import nullcontext
 from functools import partial
 from importlib import import_module
@@ -14,6 +16,7 @@ from conas.darts import operations
 from conas.darts.genotype import NODES
 from conas.darts.operations import SepConv, Zero
 from conas.darts.passes import by_definition
+from conas.darts.published import ROOT
 from conas.darts.supernet import Supernet, constant_alphas, frozen_statistics
 from conas.engine import depthwise
 from conas.engine import forward_eval as running
@@ -264,3 +267,25 @@ def test_an_operation_that_the_engine_does_not_know_makes_the_network_run_by_its
 def test_primitives_of_which_no_cell_can_be_made_are_refused(primitives, says):
     with pytest.raises(InputError, match=f"PRIMITIVES: .*{says}"):
         type("Own", (Supernet,), {"primitives": primitives})(4, 10, 3)
+
+
+STRIDED = """
+import torch
+from conas.darts.operations import FactorizedReduce
+
+for C, size in (3, 224), (4, 48), (12, 64):
+    torch.manual_seed(0)
+    reduce = FactorizedReduce(C, 4, False).to(memory_format=torch.channels_last)
+    x, to = (torch.randn(4, *shape).contiguous(memory_format=torch.channels_last)
+             for shape in ((C, size, size), (4, size // 2, size // 2)))
+    for _ in range(3):
+        found = torch.autograd.grad((reduce(x) * to).sum(), reduce.parameters())
+    exact = torch.autograd.grad((reduce.double()(x.double()) * to.double()).sum(), reduce.parameters())
+    assert all((a - b).norm() < 1e-4 * b.norm() for a, b in zip(found, exact)), (C, size)
+"""
+
+
+def test_a_reduction_of_few_channels_writes_into_its_own_memory_only():
+    """oneDNN's gradient of a strided pointwise convolution does not, and ends the process on a signal."""
+    ended = subprocess.run([sys.executable, "-c", STRIDED], cwd=ROOT, capture_output=True, text=True)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -179,7 +179,7 @@ def _halves(module: FactorizedReduce) -> tuple[Unit, ...] | None:
     C, K = first.in_channels, first.out_channels + second.out_channels
     for part, channels in (first, K // 2), (second, K - K // 2):
         if (type(part) is not nn.Conv2d or part.bias is not None or (part.in_channels, part.out_channels) != (
-                C, channels) or _geometry(part) != ((1, 1), (2, 2), (0, 0), (1, 1), 1)):
+                C, channels) or _geometry(part) != ((1, 1), (1, 1), (0, 0), (1, 1), 1)):
             return None
     if K < 2 or not _is_norm(norm) or norm.num_features != K:
         return None
