@@ -20,10 +20,13 @@ ROUNDING = 2.0**-40  # confidences that differ by less are equal
 
 
 def softmax(logits: Tensor) -> Tensor:
-    """Softmax over the last dimension in float64. torch's own takes several times as long for rows of a few classes."""
+    """Softmax over the last dimension in float64, NaN for rows that are not finite, also where only a -inf is in them.
+
+    torch's own takes several times as long for rows of a few classes.
+    """
     logits = logits.double()
     powers = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
-    return powers.div_(powers.sum(dim=-1, keepdim=True))
+    return powers.div_(powers.sum(dim=-1, keepdim=True)).masked_fill_(~finite_rows(logits)[..., None], math.nan)
 
 
 def nll(probabilities: Tensor, labels: Tensor) -> float:

@@ -8,6 +8,7 @@ import sklearn.metrics
 import torch
 from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
+from ensemble.combine import committee
 from ensemble.measure import metrics
 
 
@@ -47,6 +48,16 @@ def test_nll_agrees_with_scikit_learn(case):
 
 def test_nll_of_an_impossible_label_is_finite():
     assert metrics.nll(torch.tensor([[1.0, 0.0]]), torch.tensor([1])) == pytest.approx(708.4, abs=0.1)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_the_softmax_of_a_row_that_is_not_finite_is_nan(value):
+    """Of minus infinity it would be a 0 that looks like an answer; so no rule of a committee answers there."""
+    logits = torch.randn(3, 4, 5, generator=torch.Generator().manual_seed(0))
+    logits[1, 2, 3] = value
+    assert metrics.softmax(logits).isnan().all(dim=2).nonzero().tolist() == [[1, 2]]
+    for rule in committee.COMBINATIONS.values():
+        assert rule(logits).isnan().all(dim=1).tolist() == [False, False, True, False]
 
 
 def test_brier_agrees_with_scikit_learn_summed_over_classes(case):
