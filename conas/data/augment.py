@@ -75,8 +75,24 @@ def least_visible(image_size: int, length: int, shifted: bool = True) -> float:
     return (left**2 - min(length, left)**2) / image_size**2
 
 
+# What a flip turns into each other, where classes are called by it; letters only as words of their own.
+OPPOSITES = (("left", "right"), ("links", "rechts"), ("gauche", "droite"), ("izquierda", "derecha"),
+             ("sinistra", "destra"), ("clockwise", "counterclockwise"), ("clockwise", "anticlockwise"), ("l", "r"),
+             ("b", "d"), ("p", "q"))
+
+
 def mirrored_classes(classes: Sequence[str]) -> tuple[str, str] | None:
-    """The first class called left and the first other one called right, whose images a flip turns into each other."""
-    words = {name: {word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)} for name in classes}
-    pairs = ((a, b) for a in classes if "left" in words[a] for b in classes if a != b and "right" in words[b])
+    """The first two classes whose names say that a flip turns their images into each other, such as left and right."""
+    words = {name: [word.lower() for word in re.findall("[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name)] for name in classes}
+
+    def opposite(a: str, b: str, one: str, other: str) -> bool:
+        if len(one) == 1:
+            return [other if word == one else word for word in words[a]] == words[b]
+        return (one in words[a] and other in words[b]) or a.lower().replace(one, other) == b.lower()
+
+    def named(word: str) -> list[str]:
+        return [name for name in classes if (word in words[name] if len(word) == 1 else word in name.lower())]
+
+    pairs = ((a, b) for one, other in OPPOSITES for a in named(one) for b in named(other)
+             if a != b and opposite(a, b, one, other))
     return next(pairs, None)

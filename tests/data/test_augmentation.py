@@ -164,6 +164,8 @@ def test_the_flag_decides_whether_batches_are_mirrored(tmp_path, crop):
     (["left", "right"], True), (["Left", "RIGHT"], True), (["turn-right", "straight", "turn-left"], True),
     (["left_arrow", "right_arrow"], True), (["arrowLeft", "arrowRight"], True), (["hand right 2", "hand left 2"], True),
     (["left_to_right", "right_to_left"], True), (["cat", "dog"], False), (["left", "straight"], False),
+    (["leftarrow", "rightarrow"], True), (["clockwise", "Counterclockwise"], True), (["links", "rechts"], True),
+    (["hand_L", "hand_R"], True), (["b", "d"], True), (["lamp", "ramp"], False), (["bog", "dog"], False),
     (["cleft", "bright"], False), (["right_whale", "cat"], False), (["left_right", "none"], False)])
 def test_classes_called_left_and_right_are_recognised(names, pair):
     found = mirrored_classes(names)
