@@ -17,6 +17,8 @@ from conas.darts.stems import convolutions
 from conas.darts.supernet import Supernet
 from conas.engine.convolutions import accelerate_convolutions
 from conas.engine.door import why_not
+from conas.engine.native.evaluation import EvaluatedSupernet, evaluates
+from conas.engine.native.loader import kernels
 from conas.engine.packed import PackedPass
 
 
@@ -60,12 +62,15 @@ class Prepared(nn.Module):
 
 
 def prepared(network: nn.Module) -> nn.Module:
-    """A network in evaluation mode for many batches: `Prepared` of a supernet that the engine knows.
+    """A network in evaluation mode for many batches: by kernels, or `Prepared`, of a supernet that the engine knows.
 
-    Of others all there is to do is to have weights channels last.
+    It may not change afterwards. Of other networks all there is to do is to have weights channels last.
     """
-    if isinstance(network, Prepared):
+    if isinstance(network, (Prepared, EvaluatedSupernet)):
         return network
-    if isinstance(network, Supernet) and why_not(network) is None:
-        return Prepared(network)
+    if isinstance(network, Supernet):
+        if not torch.is_autocast_enabled("cpu") and evaluates(network) and (library := kernels()) is not None:
+            return EvaluatedSupernet(network, library)
+        if why_not(network) is None:
+            return Prepared(network)
     return accelerate_convolutions(network).eval().to(memory_format=torch.channels_last)

@@ -9,10 +9,15 @@ from benchmarks.counts import operator_calls
 from conas.darts.derived import NetworkCIFAR
 from conas.darts.published import GENOTYPES
 from conas.darts.supernet import Supernet
+from conas.engine import inference
 from conas.engine.door import accelerate
 from conas.engine.inference import Prepared, prepared
+from conas.engine.native.evaluation import EvaluatedSupernet
+from conas.engine.native.loader import kernels, why_no_kernels
 from tests.helpers.parity import fill
 from tests.helpers.ranks import Everything
+
+needs_kernels = pytest.mark.skipif(kernels() is None, reason=f"no kernels here: {why_no_kernels()}")
 
 
 def supernet(space: str) -> Supernet:
@@ -22,11 +27,20 @@ def supernet(space: str) -> Supernet:
     return network.eval()
 
 
+@pytest.fixture(params=[pytest.param(True, marks=needs_kernels), False], ids=["kernels", "packed"])
+def engine(request, monkeypatch):
+    """Makes `prepared` use kernels, or packed edges. The class of what it returns."""
+    if not request.param:
+        monkeypatch.setattr(inference, "kernels", lambda: None)
+    return EvaluatedSupernet if request.param else Prepared
+
+
 @pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3", "everything"])
 @torch.inference_mode()
-def test_logits_are_the_same(space):
+def test_logits_are_the_same(space, engine):
     network = supernet(space).double()
     ours = prepared(network)
+    assert type(ours) is engine
     for shape in (1, 3, 8, 8), (5, 3, 9, 9), (2, 3, 32, 32):
         x = torch.randn(shape, dtype=torch.float64)
         torch.testing.assert_close(ours(x), network(x), rtol=1e-12, atol=1e-12)
@@ -34,7 +48,7 @@ def test_logits_are_the_same(space):
 
 @pytest.mark.parametrize("space", ["cnn_space1", "cnn_space2", "cnn_space3", "everything"])
 @torch.inference_mode()
-def test_no_images(space):
+def test_no_images(space, engine):
     network = supernet(space)
     for module in network, prepared(network):
         assert module(torch.zeros(0, 3, 16, 16)).shape == (0, 10)

@@ -72,7 +72,7 @@ def test_a_cache_of_somebody_else_is_not_used(cache, monkeypatch):
 
 @needs_kernels
 @pytest.mark.parametrize("kernel", ["unit_forward", "unit_backward", "pools_forward", "pools_backward", "combine",
-                                    "dots"])
+                                    "dots", "evaluate"])
 def test_a_wrong_kernel_is_named(kernel, monkeypatch):
     library, right = kernels(), Table.__getattribute__
 
@@ -100,7 +100,7 @@ def spoiled(kernel, arguments):
         arguments[0] -= 1  # pixels
     elif kernel == "unit_forward":
         arguments[4] += 4  # weights that begin one later
-    elif kernel == "pools_forward":
+    elif kernel in ("pools_forward", "evaluate"):
         arguments[1] += 4
     return arguments
 

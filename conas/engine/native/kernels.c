@@ -894,6 +894,8 @@ int NAME(dots)(int64_t P, int64_t C, int64_t count, const REAL *const *maps, con
     return 0;
 }
 
+#include "evaluate.c"
+
 #undef V
 #undef U
 #undef M

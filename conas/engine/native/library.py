@@ -1,4 +1,4 @@
-"""The kernels of kernels.c as Python calls, by type and width."""
+"""The kernels of kernels.c and evaluate.c as Python calls, by type and width."""
 import ctypes
 import os
 from collections.abc import Sequence
@@ -14,6 +14,7 @@ KERNELS = {
     "pools_backward": [POINTER] * 6 + [INT, POINTER, POINTER, INT] + [POINTER] * 3 + [INT],
     "combine": [INT, INT, INT] + [POINTER] * 5 + [INT, INT],
     "dots": [INT, INT, INT] + [POINTER] * 4 + [INT, POINTER, INT],
+    "evaluate": [POINTER, POINTER, INT, POINTER, POINTER, POINTER, INT, INT],
 }
 SUFFIXES = {torch.float32: ("float", "float_wide"), torch.float64: ("double", "double")}
 _forked = False  # this process is the child of one that may have had threads, which it has not

@@ -23,6 +23,7 @@ from conas.engine.native.library import Library
 from conas.engine.native.selfcheck import wrong_kernels
 
 SOURCE = Path(__file__).with_name("kernels.c")
+PARTS = SOURCE, SOURCE.with_name("evaluate.c")  # which it includes
 FLAGS = "-std=gnu11", "-O3", "-fPIC", "-shared", "-w"
 NATIVE = ("-march=native",), ("-mcpu=native",), ()  # the first of these that a compiler takes
 PATIENCE = 300  # seconds for a compiler
@@ -98,7 +99,8 @@ def compiled(compiler: list[str], folder: Path) -> Path:
     """The compiled file, from the cache or new. Raises OSError or SubprocessError."""
     version = subprocess.run([*compiler, "--version"], capture_output=True, check=True, timeout=PATIENCE).stdout
     openmp = openmp_library()
-    about = [SOURCE.read_bytes(), repr((FLAGS, NATIVE, compiler, openmp)).encode(), version, processor().encode()]
+    about = [*(part.read_bytes() for part in PARTS), repr((FLAGS, NATIVE, compiler, openmp)).encode(), version,
+             processor().encode()]
     key = hashlib.sha256(b"".join(hashlib.sha256(part).digest() for part in about)).hexdigest()[:24]
     if path := _cached(folder, key):
         return path

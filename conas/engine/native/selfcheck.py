@@ -5,6 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from conas.darts.operations import AveragePool, DilConv, FactorizedReduce, ReLUConvBN, SepConv
+from conas.engine.native.evaluation import evaluate_operation
 from conas.engine.native.functions import run_operation
 from conas.engine.native.library import Library, integers, pointers, reals, threads
 from conas.engine.native.parts import read
@@ -18,9 +19,10 @@ def wrong_kernels(library: Library) -> list[str]:
     for dtype, tolerance in TOLERANCES.items():
         for C in (5, 16) if dtype == torch.float32 else (5,):  # vectors of both widths
             found = {}
-            for kernel, ours, expected in _results(library, dtype, C):
-                error = float((ours.double() - expected.double()).norm() / expected.double().norm())
-                found[kernel] = found.get(kernel, True) and error <= tolerance
+            with torch.inference_mode(False):  # in which somebody may be who asks
+                for kernel, ours, expected in _results(library, dtype, C):
+                    error = float((ours.double() - expected.double()).norm() / expected.double().norm())
+                    found[kernel] = found.get(kernel, True) and error <= tolerance
             wrong += [f"{kernel} ({str(dtype).removeprefix('torch.')})" for kernel, right in found.items()
                       if not right]
     return list(dict.fromkeys(wrong))
@@ -51,6 +53,9 @@ def _results(library: Library, dtype: torch.dtype, C: int) -> Iterator[tuple[str
             # of a scalar: for others torch imports a package, which takes half a second
             for one, other in zip(*(torch.autograd.grad((y * grad).sum(), [x, *weights]) for y in (ours, expected))):
                 yield f"{kernel}_backward", one, other
+            module.eval()
+            with torch.no_grad():
+                yield "evaluate", evaluate_operation(library, module, 0.5, x), 0.5 * module(x)
 
 
 def _sums(library: Library, dtype: torch.dtype, C: int, draw) -> Iterator[tuple[str, Tensor, Tensor]]:
@@ -65,3 +70,4 @@ def _sums(library: Library, dtype: torch.dtype, C: int, draw) -> Iterator[tuple[
     yield "combine", out, sum(share * term for share, term in zip(p, terms))
     calls.dots(*given, grad.data_ptr(), C, dots.data_ptr(), threads())
     yield "dots", dots, torch.stack([(grad * term).sum(0) for term in terms] + [grad.sum(0)])
+
