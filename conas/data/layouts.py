@@ -86,8 +86,9 @@ def read_part(root: Path, part: str, classes: tuple[str, ...], listing: Listing)
 def find_labels(root: Path, part: str, classes: set[str], listing: Listing | None = None) -> dict[str, str] | None:
     """The class of every image in root/part, by its name relative to `root`, or None without a list.
 
-    Lists lie in root/part, or in `root` with the part's name in theirs. Raises InputError for one that is of these
-    images, but does not label all of them with names of classes, and for two that differ.
+    Lists lie in root/part, or in `root`; there, if the list has not the part's name in its own, only lines count whose
+    image begins with the part, as val/7.png. Lines may also be `CLASS NAME`. Raises InputError for a list that is of
+    these images, but does not label all of them with names of classes, and for two that differ.
     """
     listing = listing or Listing()
     names = _images_of(root, part, listing)
@@ -98,7 +99,18 @@ def find_labels(root: Path, part: str, classes: set[str], listing: Listing | Non
             keys[key] = None if key in keys else name  # what two images are called names neither
     found: dict[str, str] | None = None
     for path in _lists(root, part) if names else ():
-        rows = [(keys[name], label) for name, label in _rows(path, classes) if keys.get(name)]
+        own = _is_named_after(path, root, part)
+        try:
+            rows = _rows(path, classes)
+        except InputError:
+            if own:
+                raise
+            continue  # a text of another kind
+        if any(name in classes and keys.get(label) for name, label in rows):
+            rows = [(label, name) for name, label in rows]
+        if not own:
+            rows = [(name, label) for name, label in rows if name.startswith(f"{part}/")]
+        rows = [(keys[name], label) for name, label in rows if keys.get(name)]
         labels, named = dict(rows), len({name for name, _ in rows})
         if 2 * named < len(names):
             continue
@@ -123,8 +135,12 @@ def _lists(root: Path, part: str) -> list[Path]:
     def is_list(entry: os.DirEntry) -> bool:
         return os.path.isfile(entry.path) and entry.name.lower().endswith(LISTS) and entry.stat().st_size <= LONGEST
 
-    beside = [entry for entry in entries(root) if part.lower() in re.split(r"[\W_]+", entry.name.lower())]
-    return sorted(Path(entry.path) for entry in (*entries(root / part), *beside) if is_list(entry))
+    return sorted(Path(entry.path) for entry in (*entries(root / part), *entries(root)) if is_list(entry))
+
+
+def _is_named_after(path: Path, root: Path, part: str) -> bool:
+    """Return True if a list lies in root/part, or in `root` under a name with the part's in it."""
+    return path.parent != root or part.lower() in re.split(r"[\W_]+", path.name.lower())
 
 
 def _rows(path: Path, classes: set[str]) -> list[tuple[str, str]]:

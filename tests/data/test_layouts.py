@@ -73,6 +73,29 @@ def test_a_flat_validation_folder_with_a_list(tmp_path, name, between, more, hea
     check(tmp_path, dataset)
 
 
+@pytest.mark.parametrize("name", ["labels.csv", "val/labels.csv"])
+@pytest.mark.parametrize("turned", [False, True])
+def test_one_list_for_all_parts_and_lines_that_begin_with_the_class(tmp_path, name, turned):
+    """Such a list also names training images, some of them as images of the validation folder are called."""
+    class_folders(tmp_path / "train")
+    rows = [(f"val/{image}", label) for image, label in flat(tmp_path / "val")]
+    for label in CLASSES:
+        save(tmp_path / "train" / label / "val_0.png", CLASSES.index(label))
+        (tmp_path / "train" / label / f"{label}_0.png").unlink()
+        rows.append((f"train/{label}/val_0.png", label))
+    write(tmp_path / name, [row[::-1] for row in rows] if turned else rows, ",")
+    check(tmp_path)
+
+
+@pytest.mark.parametrize("listed", ["val_0.png", "train/n01/val_0.png"])
+def test_a_list_of_other_parts_labels_nothing(tmp_path, listed):
+    class_folders(tmp_path / "train")
+    save(tmp_path / "val" / "val_0.png")
+    write(tmp_path / "labels.csv", [(listed, "n01")], ",")
+    (tmp_path / "README.txt").write_bytes(b"Gr\xfc\xdfe, n01")  # in Latin-1
+    assert len(load("folder", tmp_path, "train")) == 12  # of 15: val/ is not read
+
+
 def test_a_link_to_itself_beside_the_parts_does_no_harm(tmp_path):
     class_folders(tmp_path / "train")
     write(tmp_path / "val.txt", flat(tmp_path / "val"))
