@@ -23,11 +23,14 @@ from torchvision import transforms
 from benchmarks.machine import machine, several, spread, write
 from conas.cli import find_device
 from conas.commands.train import train_step
+from conas.darts.batchnorm import use_exact_sums
 from conas.darts.derived import NetworkCIFAR
 from conas.darts.published import GENOTYPES
 from conas.data.batches import Stream
 from conas.data.images import DATASETS, DataInfo, ImageSet
 from conas.engine.convolutions import accelerate_convolutions
+from conas.engine.native.loader import kernels
+from conas.engine.native.training import train_by_kernels
 from conas.engine.precision import use_bf16
 from conas.runs.options import RecipeOptions
 from conas.runs.progress import EpochMeter
@@ -92,9 +95,18 @@ def textbook(options: argparse.Namespace, images: ImageSet, device: torch.device
 
 # ours
 
+def accelerated(options: argparse.Namespace, device: torch.device, amp: bool) -> NetworkCIFAR:
+    """As train.py has it."""
+    network = build(options, device)
+    if device.type == "cpu" and not (amp or options.compile) and (library := kernels()) is not None:
+        train_by_kernels(network, library)
+    use_exact_sums(accelerate_convolutions(network))
+    return network.to(memory_format=torch.channels_last)
+
+
 def ours(options: argparse.Namespace, images: ImageSet, device: torch.device, amp: bool) -> Iterator[None]:
     """One step of train.py for each next()."""
-    network = accelerate_convolutions(build(options, device)).to(memory_format=torch.channels_last)
+    network = accelerated(options, device, amp)
     forward = torch.compile(network) if options.compile else network
     optimizer = sgd(network, fused=True)
     stream = Stream(images, torch.arange(len(images)), options.batch_size, name="training", seed=0, device=device,
@@ -110,7 +122,7 @@ def ours(options: argparse.Namespace, images: ImageSet, device: torch.device, am
 
 def bare(options: argparse.Namespace, images: ImageSet, device: torch.device, amp: bool) -> Iterator[None]:
     """Forward and backward of our network for each next()."""
-    network = accelerate_convolutions(build(options, device)).to(memory_format=torch.channels_last)
+    network = accelerated(options, device, amp)
     forward = torch.compile(network) if options.compile else network
     x, y = next(images.batches(options.batch_size, device))
     y = y.to(device)

@@ -28,6 +28,8 @@ from conas.data.images import full_name
 from conas.data.splits import generator, stratified_split
 from conas.engine import batchnorm
 from conas.engine.convolutions import accelerate_convolutions
+from conas.engine.native.loader import kernels
+from conas.engine.native.training import train_by_kernels
 from conas.engine.precision import compiler_works, use_bf16
 from conas.errors import InputError
 from conas.runs import checkpoint as checkpoints
@@ -114,6 +116,9 @@ class TrainRun(Loop):
                         "all weights initialised at random")
         self.initial += cells.leakage_warning(pretrained, self.dataset_info)
         network.drop_path_images = flags.batch_size
+        by_kernels = self.device.type == "cpu" and not (self.amp or flags.compile or processes.sync_bn)
+        if by_kernels and (library := kernels()) is not None:
+            train_by_kernels(network, library)
         use_exact_sums(accelerate_convolutions(network))
         if processes.sync_bn:
             batchnorm.convert(network)

@@ -115,12 +115,15 @@ def read(module: nn.Module) -> Operation:
     return own if units is None else Operation("units", module, units)
 
 
-def read_units(module: nn.Module) -> tuple[Unit, ...] | None:
-    """The units that an operation is made of, or None if it is made of others."""
+def read_units(module: nn.Module, affine: bool = False) -> tuple[Unit, ...] | None:
+    """The units that an operation is made of, or None if it is made of others.
+
+    `affine` says whether their BatchNorms have weights and biases; kernels compute what comes before these.
+    """
     if any(is_changed(part) for part in module.modules()):
         return None
     if type(module) is FactorizedReduce:
-        return _halves(module)
+        return _halves(module, affine)
     if type(module) not in (SepConv, DilConv, ReLUConvBN) or type(module.op) is not nn.Sequential:
         return None
     parts, units = list(module.op), []
@@ -129,7 +132,7 @@ def read_units(module: nn.Module) -> tuple[Unit, ...] | None:
         return None
     for first in range(0, len(parts), size):
         relu, *convolutions, norm = parts[first:first + size]
-        unit = _unit(convolutions, norm, [f"op.{first + 1 + i}.weight" for i in range(size - 2)])
+        unit = _unit(convolutions, norm, [f"op.{first + 1 + i}.weight" for i in range(size - 2)], affine)
         if type(relu) is not nn.ReLU or unit is None:
             return None
         units.append(unit)
@@ -146,14 +149,16 @@ def has_hooks(part: nn.Module) -> bool:
     return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
 
-def _is_norm(norm: nn.Module) -> bool:
-    return (type(norm) in (nn.BatchNorm2d, BatchNorm2d) and not norm.affine and norm.track_running_stats
+def _is_norm(norm: nn.Module, affine: bool = False) -> bool:
+    return (type(norm) in (nn.BatchNorm2d, BatchNorm2d) and norm.affine == affine and norm.track_running_stats
             and norm.momentum is not None)
 
 
-def _unit(convolutions: Sequence[nn.Module], norm: nn.Module, names: Sequence[str]) -> Unit | None:
-    if not _is_norm(norm) or any(type(part) is not nn.Conv2d or part.bias is not None or part.padding_mode != "zeros"
-                                 for part in convolutions):
+def _unit(convolutions: Sequence[nn.Module], norm: nn.Module, names: Sequence[str], affine: bool) -> Unit | None:
+    if not _is_norm(norm, affine):
+        return None
+    if any(type(part) is not nn.Conv2d or part.bias is not None or part.padding_mode != "zeros"
+           for part in convolutions):
         return None
     *depthwise, pointwise = convolutions
     C, K = pointwise.in_channels, pointwise.out_channels
@@ -174,13 +179,13 @@ def _geometry(part: nn.Conv2d) -> tuple:
     return part.kernel_size, part.stride, part.padding, part.dilation, part.groups
 
 
-def _halves(module: FactorizedReduce) -> tuple[Unit, ...] | None:
+def _halves(module: FactorizedReduce, affine: bool) -> tuple[Unit, ...] | None:
     first, second, norm = module.conv_1, module.conv_2, module.bn
     C, K = first.in_channels, first.out_channels + second.out_channels
     for part, channels in (first, K // 2), (second, K - K // 2):
         if (type(part) is not nn.Conv2d or part.bias is not None or (part.in_channels, part.out_channels) != (
                 C, channels) or _geometry(part) != ((1, 1), (1, 1), (0, 0), (1, 1), 1)):
             return None
-    if K < 2 or not _is_norm(norm) or norm.num_features != K:
+    if K < 2 or not _is_norm(norm, affine) or norm.num_features != K:
         return None
     return (Unit(HALVES, C, K, 0, 2, 1, ("conv_1.weight", "conv_2.weight"), norm),)

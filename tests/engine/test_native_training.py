@@ -1,0 +1,69 @@
+"""Derived networks in training by kernels against torch's operators."""
+from copy import deepcopy
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+from conas.darts.batchnorm import use_exact_sums
+from conas.darts.derived import NetworkCIFAR
+from conas.darts.operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv
+from conas.darts.published import GENOTYPES
+from conas.engine.convolutions import accelerate_convolutions
+from conas.engine.native.loader import kernels, why_no_kernels
+from conas.engine.native.training import train_by_kernels
+
+pytestmark = pytest.mark.skipif(kernels() is None, reason=f"no kernels here: {why_no_kernels()}")
+EXACT = dict(rtol=1e-9, atol=1e-11)
+
+
+def varied(module):
+    """In float64, with BatchNorms whose weights and biases are no ones and zeros."""
+    for p in module.parameters():
+        if p.dim() == 1:
+            nn.init.uniform_(p, -0.5, 1.5)
+    return module.double().to(memory_format=torch.channels_last).train()
+
+
+@pytest.mark.parametrize("make", [lambda: SepConv(6, 3, 2), lambda: SepConv(5, 5, 1), lambda: DilConv(6, 5, 1),
+                                  lambda: DilConv(6, 3, 2), lambda: FactorizedReduce(6, 9),
+                                  lambda: ReLUConvBN(6, 4, 1, 1, 0)])
+def test_an_operation_its_gradients_and_statistics_are_torchs(make):
+    torch.manual_seed(0)
+    plain = varied(make())
+    ours = deepcopy(plain)
+    assert train_by_kernels(ours, kernels()) == 1
+    x = torch.randn(3, next(plain.parameters()).shape[1] if isinstance(plain, FactorizedReduce | ReLUConvBN) else
+                    len(next(plain.parameters())), 9, 7, dtype=torch.float64)
+    found = []
+    for module in plain, ours:
+        own = x.clone().contiguous(memory_format=torch.channels_last).requires_grad_()
+        y = module(own)
+        gradients = torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape).cos()).sum(),
+                                        [own, *module.parameters()])
+        found.append([y, *gradients, *module.buffers()])
+        module.eval()
+        found[-1].append(module(own))
+    torch.testing.assert_close(found[1], found[0], **EXACT)
+
+
+def test_steps_of_a_network_are_the_same_and_evaluation_runs_the_modules():
+    torch.manual_seed(0)
+    plain = varied(NetworkCIFAR(4, 10, 3, True, GENOTYPES["DARTS_V2"]))
+    ours = deepcopy(plain)
+    assert train_by_kernels(ours, kernels()) > 10
+    for network in plain, ours:
+        use_exact_sums(accelerate_convolutions(network)).frozen = False
+        network.drop_path_prob = 0.3
+        optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9)
+        for step in range(2):
+            torch.manual_seed(step)
+            x = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+            logits, auxiliary = network(x.contiguous(memory_format=torch.channels_last))
+            optimizer.zero_grad()
+            (cross_entropy(logits, torch.arange(4)) + cross_entropy(auxiliary, torch.arange(4))).backward()
+            optimizer.step()
+    torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-7, atol=1e-9)
+    with torch.no_grad():
+        torch.testing.assert_close(ours.eval()(x), plain.eval()(x), rtol=1e-7, atol=1e-9)
