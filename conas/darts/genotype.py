@@ -233,9 +233,10 @@ def _plain(value: object) -> object:
 
 
 def may_be_genotypes(module) -> dict[str, object]:
-    """What a `genotypes.py` defines besides modules, classes, functions, numbers, texts and lists of texts, by name."""
+    """What a `genotypes.py` defines besides its PRIMITIVES and OPERATIONS, modules, classes, functions, numbers, texts and
+    lists of texts, by name."""
     return {name: value for name, value in vars(module).items() if not name.startswith("_") and not (
-        isinstance(value, (ModuleType, str, int, float, NoneType))
+        name in ("PRIMITIVES", "OPERATIONS") or isinstance(value, (ModuleType, str, int, float, NoneType))
         or (callable(value) and not (hasattr(value, "normal") or hasattr(value, "recurrent")))
         or (isinstance(value, type) and hasattr(value, "_fields"))  # the named tuple itself
         or (isinstance(value, Sequence) and not hasattr(value, "_fields") and all(isinstance(v, str) for v in value)))}

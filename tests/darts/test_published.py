@@ -6,6 +6,7 @@ import pytest
 from conas.commands import train
 from conas.darts.derived import NetworkCIFAR, count_parameters
 from conas.darts.genotype import check
+from conas.darts.published import GENOTYPES, named_genotypes
 from conas.draw import cell
 
 SPACES = ["cnn_space1", "cnn_space2", "cnn_space3"]
@@ -34,3 +35,9 @@ def test_they_are_drawn_by_name(tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir() if path.is_dir()) == ["DARTS_V2", "cnn_space2-CONAS", "own"]
     for label in ("sep_conv_3x3", "dil_conv_5x5"):
         assert label in (tmp_path / "own" / "normal.svg").read_text()
+
+
+@pytest.mark.parametrize("folder", [*SPACES, "cnn"])
+def test_a_spaces_tables_are_offered_as_no_cells(folder):
+    """`--arch NOPE` lists what may be meant."""
+    assert set(named_genotypes(import_module(f"{folder}.genotypes"))) - set(GENOTYPES) <= {"CONAS"}
