@@ -195,7 +195,7 @@ int NAME(evaluate)(const struct unit *u, const REAL *x, int64_t count, const str
             const REAL *from = x + n * u->H * u->W * u->ld;
             REAL *to = y + n * u->OH * OW * ldy;
             if (convolved)
-                NAME(rectify)(xp, u, inset, from, NULL, NULL);
+                NAME(rectify)(xp, u, inset, from, NULL, NULL, 0, u->H);
             for (int64_t oy = 0; plain && oy < u->OH; oy++) {
                 NAME(pool_row)(average, maximum, columns, u, from, oy);
                 for (const struct step *step = steps; step < steps + count; step++)

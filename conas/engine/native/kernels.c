@@ -31,7 +31,8 @@ struct unit {
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define GROUP 32  /* pixels, at least, that go through a pointwise convolution together */
 #define PARTS 32  /* of the images, by which sums over them are taken */
-#define CHUNK 64  /* pixels of a map that stay in the first cache while other maps pass */
+#define CHUNK 16384  /* bytes of a map that stay in the first cache while other maps pass */
+#define AHEAD 64  /* pixels: memory is asked for so early, while others are computed */
 #define LARGEST 15  /* kernel size */
 
 /* Memory that belongs to a thread, at least `bytes` of it, or NULL; it is kept for the next call. */
@@ -99,9 +100,11 @@ int has_wide(void)
 #define V NAME(vector)
 #define U NAME(unaligned)
 #define M NAME(mask)
+#define PLACES NAME(places)
 typedef REAL V __attribute__((vector_size(BYTES)));
 typedef REAL U __attribute__((vector_size(BYTES), aligned(sizeof(REAL)), may_alias));
 typedef INT M __attribute__((vector_size(BYTES)));
+typedef int8_t PLACES __attribute__((vector_size(BYTES / sizeof(REAL))));
 #define L ((int64_t)(BYTES / sizeof(REAL)))
 #define UP(channels) (((channels) + MAX(L, 8) - 1) / MAX(L, 8) * MAX(L, 8))  /* in memory of our own */
 #define AT(pointer) (*(V *)(pointer))
@@ -385,20 +388,23 @@ static void NAME(slopes)(REAL *a, REAL *b, REAL *c, const double *stat, double p
 
 /* ---- The unit ---- */
 
-/* relu(x) of an image into xp (H, W + 2 pad, UP(C)), whose borders are zero; by in_a x + in_b first, if given. */
-static void NAME(rectify)(REAL *xp, const struct unit *u, int64_t pad, const REAL *x, const REAL *in_a,
-                          const REAL *in_b)
+/* Rows `from` to `until` of relu(x), of an image, into xp (H, W + 2 pad, UP(C)), whose borders are zero; by
+   in_a x + in_b first, if given. Returns `until`. */
+static int64_t NAME(rectify)(REAL *xp, const struct unit *u, int64_t pad, const REAL *x, const REAL *in_a,
+                             const REAL *in_b, int64_t from, int64_t until)
 {
     int64_t C = UP(u->C);
-    for (int64_t h = 0; h < u->H; h++)
-        for (int64_t w = 0; w < u->W; w++) {
-            const REAL *from = x + (h * u->W + w) * u->ld;
-            REAL *to = xp + (h * (u->W + 2 * pad) + pad + w) * C;
-            for (int64_t v = 0; v < u->C; v += L) {
-                V value = NAME(load)(from + v, u->C - v);
-                AT(to + v) = NAME(relu)(in_a ? READ(in_a + v) * value + READ(in_b + v) : value);
+    for (int64_t h = from; h < until; h++)
+        for (int64_t v = 0; v < u->C; v += L) {
+            const REAL *at = x + h * u->W * u->ld + v;
+            REAL *to = xp + (h * (u->W + 2 * pad) + pad) * C + v;
+            V slope = in_a ? READ(in_a + v) : (V){0} + 1, shift = in_a ? READ(in_b + v) : (V){0};
+            for (int64_t w = 0; w < u->W; w++) {
+                __builtin_prefetch(at + (w + AHEAD) * u->ld);
+                AT(to + w * C) = NAME(relu)(slope * NAME(load)(at + w * u->ld, u->C - v) + shift);
             }
         }
+    return MAX(from, until);
 }
 
 /* Rows oy to oy + rows of z (OH, OW, channels), ahead of the pointwise convolution; where they are. */
@@ -466,6 +472,8 @@ static void NAME(arrange_weights)(REAL *w, const struct unit *u, const REAL *fir
 }
 
 #define PAD(u) ((u)->kind == DEPTHWISE ? ((u)->kernel - 1) * (u)->dilation / 2 : 0)
+/* How many rows of x those rows of y need that end before `oy`. */
+#define NEEDED(u, pad, oy) MIN((u)->H, ((oy) - 1) * (u)->stride + MAX(pad, (u)->stride - 1) + 1)
 #define ROWS(u) MIN((u)->OH, MAX(1, (GROUP + (u)->OW - 1) / (u)->OW))  /* of z and y that are computed together */
 
 /* y (N, OH, OW, K) = pointwise(depthwise(relu(x))), and its record `stat` unless that is NULL. x (N, H, W, C) is
@@ -502,10 +510,14 @@ int NAME(unit_forward)(const struct unit *u, const REAL *x, const double *in_sta
                 failed = 1;
                 continue;
             }
-            NAME(rectify)(xp, u, pad, x + n * u->H * u->W * u->ld, in_stat ? in_a : NULL, in_b);
-            for (int64_t oy = 0; oy < u->OH; oy += rows) {
+            for (int64_t oy = 0, ready = 0; oy < u->OH; oy += rows) {
                 int64_t P = MIN(rows, u->OH - oy) * u->OW;
-                REAL *to = y + (n * u->OH + oy) * u->OW * u->K, *sums = K == u->K && (uintptr_t)to % BYTES == 0 ? to : padded;
+                ready = NAME(rectify)(xp, u, pad, x + n * u->H * u->W * u->ld, in_stat ? in_a : NULL, in_b, ready,
+                                      NEEDED(u, pad, oy + P / u->OW));
+                REAL *to = y + (n * u->OH + oy) * u->OW * u->K;
+                REAL *sums = K == u->K && (uintptr_t)to % BYTES == 0 ? to : padded;
+                for (int64_t i = P * u->K; i < (P + rows * u->OW) * u->K; i += 64 / sizeof(REAL))
+                    __builtin_prefetch(to + i, 1);
                 NAME(multiply)(sums, NAME(inner)(z, u, pad, xp, wd, oy, P / u->OW), w, P, I, K);
                 if (sums != to)
                     for (int64_t p = 0; p < P; p++)
@@ -521,23 +533,50 @@ int NAME(unit_forward)(const struct unit *u, const REAL *x, const double *in_sta
 }
 
 /* d, where xp > 0, is added to a row dx (W, C), or written; also into sums (2, C) of d xp and of d, if given. */
+INLINE void NAME(emit_row)(REAL *dx, int64_t ld, const REAL *d, const REAL *xp, int64_t W, int64_t channels,
+                           const int add, double *sums, const int with_sums)
+{
+    int64_t C = UP(channels);
+    for (int64_t v = 0; v < channels; v += L) {
+        int64_t left = channels - v, w = 0;
+        V dot[4] = {{0}}, sum[4] = {{0}};
+#define PIXEL(j) \
+        V value = READ(xp + (w + j) * C + v), grad = NAME(keep)(READ(d + (w + j) * C + v), value > 0); \
+        REAL *to = dx + (w + j) * ld + v; \
+        __builtin_prefetch(to + AHEAD * ld, 1); \
+        if (with_sums) { \
+            dot[j] += grad * value; \
+            sum[j] += grad; \
+        } \
+        NAME(store)(to, add ? NAME(load)(to, left) + grad : grad, left);
+        for (; w + 4 <= W; w += 4)
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                PIXEL(j)
+            }
+        for (; w < W; w++) {
+            PIXEL(0)
+        }
+#undef PIXEL
+        if (with_sums) {
+            V all = (dot[0] + dot[1]) + (dot[2] + dot[3]), alone = (sum[0] + sum[1]) + (sum[2] + sum[3]);
+            for (int64_t c = 0; c < MIN(L, left); c++) {
+                sums[v + c] += all[c];
+                sums[C + v + c] += alone[c];
+            }
+        }
+    }
+}
+
 static void NAME(emit)(REAL *dx, int64_t ld, const REAL *d, const REAL *xp, int64_t W, int64_t channels, int add,
                        double *sums)
 {
-    for (int64_t v = 0; v < channels; v += L) {
-        int64_t left = channels - v, C = UP(channels);
-        V dot = {0}, sum = {0};
-        for (int64_t w = 0; w < W; w++) {
-            V value = READ(xp + w * C + v), grad = NAME(keep)(READ(d + w * C + v), value > 0);
-            dot += grad * value;
-            sum += grad;
-            NAME(store)(dx + w * ld + v, add ? NAME(load)(dx + w * ld + v, left) + grad : grad, left);
-        }
-        for (int64_t c = 0; sums && c < MIN(L, left); c++) {
-            sums[v + c] += dot[c];
-            sums[C + v + c] += sum[c];
-        }
-    }
+    if (add)
+        NAME(emit_row)(dx, ld, d, xp, W, channels, 1, NULL, 0);
+    else if (sums)
+        NAME(emit_row)(dx, ld, d, xp, W, channels, 0, sums, 1);
+    else
+        NAME(emit_row)(dx, ld, d, xp, W, channels, 0, NULL, 0);
 }
 
 /* The gradient of p BatchNorm(unit_forward(x)), a term of a sum whose gradient is g (N, OH, OW, K), pixels ldg apart.
@@ -595,13 +634,19 @@ int NAME(unit_backward)(const struct unit *u, const REAL *x, const double *in_st
             }
             for (int64_t n = block * u->N / blocks; n < (block + 1) * u->N / blocks; n++) {
                 REAL *to = dx ? dx + n * u->H * u->W * u->ld : NULL;
-                NAME(rectify)(xp, u, pad, x + n * u->H * u->W * u->ld, in_stat ? in_a : NULL, in_b);
+                int64_t ready = 0, done = 0;  /* rows of xp, and of dx */
                 for (int64_t oy = 0; oy < u->OH; oy += rows) {
                     int64_t count = MIN(rows, u->OH - oy), P = count * u->OW, first = (n * u->OH + oy) * u->OW;
+                    ready = NAME(rectify)(xp, u, pad, x + n * u->H * u->W * u->ld, in_stat ? in_a : NULL, in_b, ready,
+                                          oy + count < u->OH ? NEEDED(u, pad, oy + count) : u->H);
                     for (int64_t v = 0; v < K; v += L)  /* through BatchNorm */
-                        for (int64_t i = 0; i < P; i++)
-                            AT(dy + i * K + v) = READ(c + v) + READ(a + v) * NAME(load)(g + (first + i) * ldg + v, MAX(0, u->K - v))
-                                                 + READ(b + v) * NAME(load)(y + (first + i) * u->K + v, MAX(0, u->K - v));
+                        for (int64_t i = 0; i < P; i++) {
+                            const REAL *at_g = g + (first + i) * ldg + v, *at_y = y + (first + i) * u->K + v;
+                            __builtin_prefetch(at_g + AHEAD * ldg);
+                            __builtin_prefetch(at_y + AHEAD * u->K);
+                            AT(dy + i * K + v) = READ(c + v) + READ(a + v) * NAME(load)(at_g, MAX(0, u->K - v))
+                                                 + READ(b + v) * NAME(load)(at_y, MAX(0, u->K - v));
+                        }
                     if (d_pw)
                         NAME(weight_gradient)(of_pw, dy, NAME(inner)(z, u, pad, xp, wd, oy, count), P, K, I);
                     if (dx || u->kind == DEPTHWISE)
@@ -634,19 +679,22 @@ int NAME(unit_backward)(const struct unit *u, const REAL *x, const double *in_st
                                 NAME(emit)(to + h * u->W * u->ld, u->ld, row, xp + h * width, u->W, u->C, add, of_x);
                             }
                     }
-                }
-                for (int64_t h = 0; spread && h < u->H; h++) {
-                    const REAL *from[LARGEST], *ws[LARGEST];
-                    int64_t taps = 0;
-                    for (int64_t t = 0; t < u->kernel; t++) {  /* of the turned kernel */
-                        int64_t r = h - pad + t * u->dilation;
-                        if (r >= 0 && r % u->stride == 0 && r / u->stride < u->OH) {
-                            from[taps] = dzp + r / u->stride * width;
-                            ws[taps++] = turned + t * u->kernel * C;
+                    /* rows of dx that no later row of z adds to */
+                    int64_t until = oy + count < u->OH ? MIN(u->H, (oy + count) * u->stride - pad) : u->H;
+                    for (; spread && done < until; done++) {
+                        const REAL *from[LARGEST], *ws[LARGEST];
+                        int64_t taps = 0;
+                        for (int64_t t = 0; t < u->kernel; t++) {  /* of the turned kernel */
+                            int64_t r = done - pad + t * u->dilation;
+                            if (r >= 0 && r % u->stride == 0 && r / u->stride < u->OH) {
+                                from[taps] = dzp + r / u->stride * width;
+                                ws[taps++] = turned + t * u->kernel * C;
+                            }
                         }
+                        NAME(convolve)(row, from, ws, taps, C, u->W, u->kernel, 1, u->dilation);
+                        NAME(emit)(to + done * u->W * u->ld, u->ld, row, xp + done * width + pad * C, u->W, u->C, add,
+                                   of_x);
                     }
-                    NAME(convolve)(row, from, ws, taps, C, u->W, u->kernel, 1, u->dilation);
-                    NAME(emit)(to + h * u->W * u->ld, u->ld, row, xp + h * width + pad * C, u->W, u->C, add, of_x);
                 }
             }
         }
@@ -680,6 +728,45 @@ int NAME(unit_backward)(const struct unit *u, const REAL *x, const double *in_st
 #define FROM(o, s) ((o) * (s) == 0)
 #define UNTIL(o, s, size) MIN(3, (size) + 1 - (o) * (s))
 
+/* Sum and maximum of n channels in rows `top` to `bottom` and columns `left` to `right` of the window at `corner`,
+   whose rows and pixels are `row` and `ld` apart, and the place of the maximum. */
+INLINE void NAME(window)(const REAL *corner, int64_t row, int64_t ld, const int64_t n, int64_t top, int64_t bottom,
+                         const int64_t left, const int64_t right, V *all, V *maximum, M *where)
+{
+    V sum = {0}, best = (V){0} - (REAL)INFINITY;
+    M place = (M){0} + (INT)(top * 3 + left);
+    for (int64_t i = top; i < bottom; i++)
+#pragma GCC unroll 3
+        for (int64_t j = left; j < right; j++) {
+            V value = NAME(load)(corner + i * row + j * ld, n);
+            M better = (value > best) | (value != value);
+            sum += value;
+            best = (V)(((M)value & better) | ((M)best & ~better));
+            place = ((INT)(i * 3 + j) & better) | (place & ~better);
+        }
+    *all = sum;
+    *maximum = best;
+    *where = place;
+}
+
+/* What reaches L channels of the pixel (h, w) of x from the averages and maxima of its windows, in which it is at rows
+   `top` to `bottom` and columns `left` to `right`, in steps of s. Their gradients are `average` and `maximum`
+   (OH, OW, C), and `which` are the places of the maxima. */
+INLINE V NAME(from_windows)(const REAL *average, const REAL *maximum, const INT *which, int64_t C, int64_t OW,
+                            int64_t h, int64_t w, int64_t top, int64_t bottom, const int64_t left,
+                            const int64_t right, const int64_t s)
+{
+    V sum = {0};
+    for (int64_t i = top; i < bottom; i += s)
+#pragma GCC unroll 3
+        for (int64_t j = left; j < right; j += s) {
+            int64_t o = ((h + 1 - i) / s * OW + (w + 1 - j) / s) * C;
+            sum += READ(average + o);
+            sum += NAME(keep)(READ(maximum + o), *(const M *)(which + o) == (INT)(i * 3 + j));
+        }
+    return sum;
+}
+
 /* `average` and `maximum` (N, OH, OW, C) of x (N, H, W, C), with their records; `which` are the places 0 to 8 of the
    maxima in their windows, the first of several. Either of the two may be NULL. */
 int NAME(pools_forward)(const struct unit *u, const REAL *x, REAL *average, double *average_stat, REAL *maximum,
@@ -689,7 +776,8 @@ int NAME(pools_forward)(const struct unit *u, const REAL *x, REAL *average, doub
     char *shared = room(0, 2 * u->N * 2 * UP(C) * sizeof(double) + 2 * 64);
     if (!shared)
         return 1;
-    double *parts = take(&shared, u->N * 2 * UP(C), sizeof(double)), *of_maximum = take(&shared, u->N * 2 * UP(C), sizeof(double));
+    double *parts = take(&shared, u->N * 2 * UP(C), sizeof(double));
+    double *of_maximum = take(&shared, u->N * 2 * UP(C), sizeof(double));
     memset(parts, 0, u->N * 2 * UP(C) * sizeof(double));
     memset(of_maximum, 0, u->N * 2 * UP(C) * sizeof(double));
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
@@ -701,23 +789,20 @@ int NAME(pools_forward)(const struct unit *u, const REAL *x, REAL *average, doub
                 REAL share = (REAL)1 / ((bottom - top) * (right - left));
                 const REAL *corner = x + ((n * u->H + oy * s - 1) * u->W + ox * s - 1) * u->ld;
                 for (int64_t v = 0; v < C; v += L) {
-                    V sum = {0}, best = (V){0} - (REAL)INFINITY;
-                    M place = (M){0} + (INT)(top * 3 + left);
-                    for (int64_t i = top; i < bottom; i++)
-                        for (int64_t j = left; j < right; j++) {
-                            V value = NAME(load)(corner + (i * u->W + j) * u->ld + v, C - v);
-                            M better = (value > best) | (value != value);
-                            sum += value;
-                            best = (V)(((M)value & better) | ((M)best & ~better));
-                            place = ((INT)(i * 3 + j) & better) | (place & ~better);
-                        }
-                    int64_t at = (first + ox) * C + v;
+                    V sum, best;
+                    M where;
+                    int64_t at = (first + ox) * C + v, n = MIN(L, C - v), row = u->W * u->ld;
+                    __builtin_prefetch(corner + (row + AHEAD * u->ld) + v);
+                    if (n == L && left == 0 && right == 3)
+                        NAME(window)(corner + v, row, u->ld, L, top, bottom, 0, 3, &sum, &best, &where);
+                    else
+                        NAME(window)(corner + v, row, u->ld, n, top, bottom, left, right, &sum, &best, &where);
                     if (average)
-                        NAME(store)(average + at, sum * share, C - v);
+                        NAME(store)(average + at, sum * share, n);
                     if (maximum) {
-                        NAME(store)(maximum + at, best, C - v);
-                        for (int64_t c = 0; c < MIN(L, C - v); c++)
-                            which[at + c] = place[c];
+                        PLACES places = __builtin_convertvector(where, PLACES);
+                        NAME(store)(maximum + at, best, n);
+                        memcpy(which + at, &places, n);
                     }
                 }
             }
@@ -754,53 +839,61 @@ int NAME(pools_backward)(const struct unit *u, const REAL *average, const double
         memset(slopes[kind], 0, (E + 2) * C * sizeof(REAL));
         for (int64_t e = 0; maps[kind] && e < E; e++)
             NAME(slopes)(slopes[kind] + e * C, slopes[kind] + E * C, slopes[kind] + (E + 1) * C, stats[kind],
-                         p[3 * e + kind], dots ? dots[2 * e + kind] : NULL, sums ? sums[e] : NULL, (double)u->N * size, u->C);
+                         p[3 * e + kind], dots ? dots[2 * e + kind] : NULL, sums ? sums[e] : NULL,
+                         (double)u->N * size, u->C);
     }
     int failed = 0;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        char *own = room(1, 2 * size * C * sizeof(REAL) + 2 * 64);
+        char *own = room(1, 3 * size * C * sizeof(REAL) + 3 * 64);
         REAL *grads[2] = {take(&own, size * C, sizeof(REAL)), take(&own, size * C, sizeof(REAL))};
+        INT *places = take(&own, size * C, sizeof(INT));
+        if (grads[0])  /* one of the pools may not be there */
+            memset(grads[0], 0, (char *)(places + size * C) - (char *)grads[0]);
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < u->N; n++) {
             if (!grads[0]) {
                 failed = 1;
                 continue;
             }
-            for (int kind = 0; kind < 2; kind++)  /* through BatchNorm */
-                for (int64_t i = 0; maps[kind] && i < size; i++) {
-                    int64_t oy = i / u->OW, ox = i % u->OW, at = n * size + i;
-                    REAL share = kind ? 1 : (REAL)1 / ((UNTIL(oy, s, u->H) - FROM(oy, s)) * (UNTIL(ox, s, u->W) - FROM(ox, s)));
-                    for (int64_t v = 0; v < u->C; v += L) {
-                        const REAL *of = slopes[kind] + v;
-                        V sum = READ(of + E * C) * NAME(load)(maps[kind] + at * u->C + v, u->C - v) + READ(of + (E + 1) * C);
+            for (int64_t i = 0; i < size; i++) {  /* through BatchNorm */
+                int64_t oy = i / u->OW, ox = i % u->OW, at = n * size + i;
+                int64_t seen = (UNTIL(oy, s, u->H) - FROM(oy, s)) * (UNTIL(ox, s, u->W) - FROM(ox, s));
+                for (int64_t v = 0; v < u->C; v += L)
+                    for (int kind = 0; kind < 2; kind++) {
+                        const REAL *of = slopes[kind] + v, *map = maps[kind] ? maps[kind] + at * u->C + v : NULL;
+                        if (!map)
+                            continue;
+                        __builtin_prefetch(map + AHEAD * u->C);
+                        V sum = READ(of + E * C) * NAME(load)(map, u->C - v) + READ(of + (E + 1) * C);
                         for (int64_t e = 0; e < E; e++)
                             sum += READ(of + e * C) * NAME(load)(g[e] + at * ldg + v, u->C - v);
-                        AT(grads[kind] + i * C + v) = sum * share;
+                        AT(grads[kind] + i * C + v) = kind ? sum : sum / (REAL)seen;
                     }
-                }
+                for (int64_t c = 0; maximum && c < u->C; c++)
+                    places[i * C + c] = which[at * u->C + c];
+                for (int64_t e = 0; e < E; e++)
+                    for (int64_t v = 0; v < u->C; v += L)
+                        __builtin_prefetch(g[e] + (at + AHEAD) * ldg + v);
+            }
             for (int64_t h = 0; h < u->H; h++)
-                for (int64_t w = 0; w < u->W; w++) {  /* whose windows lie at rows (h + 1 - i) / s */
-                    int64_t at = ((n * u->H + h) * u->W + w), top = (h + 1) % s, left = (w + 1) % s;
+                for (int64_t w = 0; w < u->W; w++) {
+                    int64_t at = (n * u->H + h) * u->W + w, top = MAX((h + 1) % s, h + 1 - s * (u->OH - 1));
+                    int64_t left = MAX((w + 1) % s, w + 1 - s * (u->OW - 1));
+                    int64_t bottom = MIN(3, h + 2), right = MIN(3, w + 2);
                     for (int64_t v = 0; v < u->C; v += L) {
-                        V sum = NAME(load)(dx + at * u->ld + v, u->C - v);
+                        int64_t all = MIN(L, u->C - v);
+                        __builtin_prefetch(dx + (at + AHEAD) * u->ld + v, 1);
+                        V sum = NAME(load)(dx + at * u->ld + v, all);
                         for (int64_t e = 0; s == 1 && e < E; e++)
-                            sum += (REAL)p[3 * e + 2] * NAME(load)(g[e] + at * ldg + v, u->C - v);
-                        for (int64_t i = top; i < 3; i += s)
-                            for (int64_t j = left; j < 3; j += s) {
-                                int64_t oy = (h + 1 - i) / s, ox = (w + 1 - j) / s, o = oy * u->OW + ox;
-                                if (h + 1 < i || w + 1 < j || oy >= u->OH || ox >= u->OW)
-                                    continue;
-                                if (average)
-                                    sum += READ(grads[0] + o * C + v);
-                                if (maximum) {
-                                    M place = {0};
-                                    for (int64_t c = 0; c < MIN(L, u->C - v); c++)
-                                        place[c] = which[(n * size + o) * u->C + v + c];
-                                    sum += NAME(keep)(READ(grads[1] + o * C + v), place == (INT)(i * 3 + j));
-                                }
-                            }
-                        NAME(store)(dx + at * u->ld + v, sum, u->C - v);
+                            sum += (REAL)p[3 * e + 2] * NAME(load)(g[e] + at * ldg + v, all);
+                        if (s == 1 && left == 0 && right == 3)
+                            sum += NAME(from_windows)(grads[0] + v, grads[1] + v, places + v, C, u->OW, h, w, top,
+                                                      bottom, 0, 3, 1);
+                        else
+                            sum += NAME(from_windows)(grads[0] + v, grads[1] + v, places + v, C, u->OW, h, w, top,
+                                                      bottom, left, right, s);
+                        NAME(store)(dx + at * u->ld + v, sum, all);
                     }
                 }
         }
@@ -825,16 +918,19 @@ int NAME(combine)(int64_t P, int64_t C, int64_t count, const REAL *const *maps, 
         for (int64_t c = 0; c < C; c++)
             all[c] += b[m * UP(C) + c];
     }
+    int64_t chunk = MAX(1, CHUNK / (C * (int64_t)sizeof(REAL)));
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
-    for (int64_t first = 0; first < P; first += CHUNK)
+    for (int64_t first = 0; first < P; first += chunk)
         for (int64_t m = 0; m < MAX(count, 1); m += 2)
             for (int64_t v = 0; v < C; v += L) {
-                int64_t left = C - v, end = MIN(P, first + CHUNK);
+                int64_t left = C - v, end = MIN(P, first + chunk);
                 int one = m < count, two = m + 1 < count;
                 V a0 = one ? READ(a + m * UP(C) + v) : (V){0}, a1 = two ? READ(a + (m + 1) * UP(C) + v) : (V){0};
                 const REAL *y0 = one ? maps[m] : out, *y1 = two ? maps[m + 1] : y0;
                 int64_t ld0 = one ? lds[m] : ldo, ld1 = two ? lds[m + 1] : ld0;
                 for (int64_t i = first; i < end; i++) {
+                    __builtin_prefetch(y0 + (i + AHEAD) * ld0 + v);
+                    __builtin_prefetch(y1 + (i + AHEAD) * ld1 + v);
                     V sum = m ? NAME(load)(out + i * ldo + v, left) : READ(all + v);
                     if (one)
                         sum += a0 * NAME(load)(y0 + i * ld0 + v, left);
@@ -851,7 +947,8 @@ int NAME(combine)(int64_t P, int64_t C, int64_t count, const REAL *const *maps, 
 int NAME(dots)(int64_t P, int64_t C, int64_t count, const REAL *const *maps, const int64_t *lds,
                const double *const *stats, const REAL *g, int64_t ldg, double *dots, int64_t threads)
 {
-    int64_t parts = MIN(PARTS, (P + CHUNK - 1) / CHUNK), size = (count + 1) * UP(C);
+    int64_t chunk = MAX(1, CHUNK / (C * (int64_t)sizeof(REAL)));
+    int64_t parts = MIN(PARTS, (P + chunk - 1) / chunk), size = (count + 1) * UP(C);
     char *shared = room(0, 2 * size * sizeof(REAL) + parts * size * sizeof(double) + 3 * 64);
     if (!shared)
         return 1;
@@ -862,18 +959,20 @@ int NAME(dots)(int64_t P, int64_t C, int64_t count, const REAL *const *maps, con
     memset(sums, 0, parts * size * sizeof(double));
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
     for (int64_t part = 0; part < parts; part++)
-        for (int64_t first = part * P / parts; first < (part + 1) * P / parts; first += CHUNK)
+        for (int64_t first = part * P / parts; first < (part + 1) * P / parts; first += chunk)
             for (int64_t m = 0; m <= count; m++)
                 for (int64_t v = 0; v < C; v += L) {
-                    int64_t left = C - v, i = first, end = MIN((part + 1) * P / parts, first + CHUNK);
+                    int64_t left = C - v, i = first, end = MIN((part + 1) * P / parts, first + chunk);
                     V sum[4] = {{0}};
                     if (m < count) {
                         V slope = READ(a + m * UP(C) + v), shift = READ(b + m * UP(C) + v);
                         for (; i + 4 <= end; i += 4)
 #pragma GCC unroll 4
-                            for (int j = 0; j < 4; j++)
+                            for (int j = 0; j < 4; j++) {
+                                __builtin_prefetch(maps[m] + (i + j + AHEAD) * lds[m] + v);
                                 sum[j] += NAME(load)(g + (i + j) * ldg + v, left)
                                           * (slope * NAME(load)(maps[m] + (i + j) * lds[m] + v, left) + shift);
+                            }
                         for (; i < end; i++)
                             sum[0] += NAME(load)(g + i * ldg + v, left)
                                       * (slope * NAME(load)(maps[m] + i * lds[m] + v, left) + shift);
@@ -899,6 +998,7 @@ int NAME(dots)(int64_t P, int64_t C, int64_t count, const REAL *const *maps, con
 #undef V
 #undef U
 #undef M
+#undef PLACES
 #undef L
 #undef UP
 #undef AT
