@@ -29,6 +29,7 @@ from conas.data.batches import Stream
 from conas.data.listing import Listing
 from conas.data.sources import READERS
 from conas.engine.cuda_graph import Replayed
+from conas.engine.native.evaluation import EvaluatedSupernet
 from conas.engine.packed import PackedPass
 
 IMAGES = {"train": 50_000, "test": 10_000}
@@ -73,6 +74,7 @@ def measure(flags: list[str], steps: int | None, device: torch.device) -> dict:
         return of(packed, *arguments)
 
     PackedPass.run = timed_pass
+    EvaluatedSupernet.forward = clock.timed("validation", EvaluatedSupernet.forward)
 
     class TimedArchitect(Architect):
         def step(self, *arguments):
