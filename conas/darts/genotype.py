@@ -233,7 +233,7 @@ def _plain(value: object) -> object:
 
 
 def may_be_genotypes(module) -> dict[str, object]:
-    """What a `genotypes.py` defines by name, without PRIMITIVES, OPERATIONS, modules, classes, functions, numbers, texts
+    """What a `genotypes.py` defines by name but PRIMITIVES, OPERATIONS, modules, classes, functions, numbers, texts
     and lists of texts."""
     return {name: value for name, value in vars(module).items() if not name.startswith("_") and not (
         name in ("PRIMITIVES", "OPERATIONS") or isinstance(value, (ModuleType, str, int, float, NoneType))
