@@ -22,7 +22,7 @@ from tqdm import tqdm
 from conas import cli, distributed
 from conas.cli import option
 from conas.commands.scoring import NothingHeldOut, run_folder, scores_for_all
-from conas.darts.space import Space, discover
+from conas.darts.space import Space, discover, of_members
 from conas.draw.cell import check_pictures
 from conas.errors import InputError
 from conas.files import check_writable
@@ -59,7 +59,7 @@ class CommitteeOptions:
     temperatures: tuple[str, ...] | None = option(
         None, "whose probabilities are calibrated on held-out images before use", choices=["members", "committee"])
     against: tuple[str, ...] | None = option(
-        None, "another committee, given as for --members and combined alike, to test the gain over")
+        None, "another committee, or one network, given as for --members and combined alike, to test the gain over")
     task: str = option("images", "what the members do; language averages next-word probabilities of the best networks "
                        "of rnn's train.py, all of them unless --members names some", choices=["images", "language"])
     reference: bool | None = option(None, "the authors' curve beside ours, in pictures, table and report (default: for "
@@ -87,10 +87,11 @@ def one_committee(ours: CommitteeOptions, options: TestOptions, spaces: list[Spa
     for name in ("committee.json", "report.html"):
         check_writable(folder / name)
     check_pictures()
-    rivals = find_members(ours.against, spaces, "--against") if ours.against else {}
+    sources = spaces if ours.spaces else of_members(ROOT)
+    rivals = find_members(ours.against, sources, "--against", 1) if ours.against else {}
     epochs, left_out, not_finite = [], {}, []
     if ours.members:
-        pool = find_members(ours.members, spaces, "--members")
+        pool = find_members(ours.members, sources, "--members", 2)
     elif ours.combination in SELECTING:
         runs = find_runs(spaces, options, ours.stage)
         pool = {f"{space.name} {epoch:03d}": (space, path)
@@ -216,8 +217,11 @@ def paths_of(pool: Pool) -> dict[str, str]:
             for name, (_, path) in pool.items()}
 
 
-def find_members(patterns: tuple[str, ...], spaces: list[Space], flag: str) -> Pool:
-    """The checkpoints that patterns name, seen from here or from the root. Raises InputError for one without."""
+def find_members(patterns: tuple[str, ...], spaces: list[Space], flag: str, fewest: int) -> Pool:
+    """The checkpoints that patterns name, seen from here or from the root.
+
+    Raises InputError for a pattern without any, and for fewer than `fewest` in all.
+    """
     by_name, pool = {space.name: space for space in spaces}, {}
     for pattern in patterns:
         paths = [path for path in files_of(pattern) if path.is_file() and path.parent.name == "checkpoints"]
@@ -229,7 +233,7 @@ def find_members(patterns: tuple[str, ...], spaces: list[Space], flag: str) -> P
             if space is None:
                 raise InputError(f"{flag} {path}: is in no folder of {', '.join(by_name)}, and so of no known space")
             pool[f"{space.name}/{run.name} {path.stem.removeprefix('epoch_')}"] = space, path
-    if len(pool) < 2:
+    if len(pool) < fewest:
         raise InputError(f"{flag} {' '.join(patterns)}: names one checkpoint, and a committee needs two members")
     return pool
 

@@ -57,3 +57,12 @@ def discover(root: Path) -> list[Space]:
     if not folders:
         raise InputError(f"{root}: holds no cnn_space* folder with a model_search.py; restore one from the repository")
     return [Space(folder.name, folder, import_module(f"{folder.name}.model_search").Network) for folder in folders]
+
+
+def of_members(root: Path) -> list[Space]:
+    """`discover`, and the folder `cnn/`, whose networks are of published cells: it has no supernet, and no search."""
+    spaces = discover(root)
+    if (root / "cnn" / "genotypes.py").is_file():
+        own = getattr(import_module("cnn.genotypes"), "OPERATIONS", {})
+        spaces.append(Space("cnn", root / "cnn", own_operations=own))
+    return spaces

@@ -245,6 +245,29 @@ def test_members_with_unlike_held_out_images_are_combined_by_plain_rules(root, m
     assert (code, out) == (2, "") and "were tested on different" in err and "cannot be combined" in err
 
 
+def test_one_network_of_published_cells_is_a_rival_or_a_member(root, monkeypatch, capsys):
+    for n in (1, 2):
+        add_run(root, n, [0])
+    path = root / "cnn/train-EXP/checkpoints/epoch_000.pt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"a network")
+    (root / "cnn/genotypes.py").touch()
+    for split, suffix in ("test", ""), ("valid", ".valid"):
+        save_scores(root / f"cnn/train-EXP/probabilities/epoch_000{suffix}.npz",
+                    make_scores("cnn", 0, 3, sha256=checkpoint.sha256(path), split=split))
+    ours, rival = "cnn_space*/search-EXP/checkpoints/*.pt", "cnn/train-EXP/checkpoints/epoch_000.pt"
+    code, _, err = start(monkeypatch, capsys, "--members", ours, "--against", rival)
+    assert (code, err) == (0, "")
+    found = result(root)["significance"]["over_other"]["top1"]["gain"]
+    committee, alone = Committee({str(n): make_scores("", 0, n) for n in (1, 2)}), make_scores("", 0, 3)
+    top1 = [(answers.argmax(1) == alone.labels).double().mean() for answers in (committee.probabilities, alone.logits)]
+    assert found == pytest.approx(100 * float(top1[0] - top1[1]))
+    assert start(monkeypatch, capsys, "--members", ours, rival)[0] == 0
+    assert len(result(root)["epochs"][0]["members"]) == 3
+    code, _, err = start(monkeypatch, capsys, "--spaces", "cnn_space1", "cnn_space2", "--members", ours, rival)
+    assert code == 2 and "no known space" in err
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--members", "nothing/*.pt"], "--members nothing/*.pt: no checkpoint has such a path"),
     (["--members", "cnn_space1/search-EXP/checkpoints/epoch_000.pt"], "a committee needs two members"),
