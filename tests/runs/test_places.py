@@ -123,7 +123,8 @@ def test_data_are_where_they_were_before_anywhere_else(runs, capsys):
         find_data(old / "checkpoints" / "epoch_000.pt", recorded)
 
 
-def test_a_relative_path_of_an_earlier_version_is_seen_from_the_space(runs):
+def test_a_relative_path_of_an_earlier_version_is_seen_from_the_space(runs, monkeypatch):
+    monkeypatch.chdir(runs)  # above the project there may be folders called data
     run = runs / "a" / "cnn_space1" / "search-EXP"
     assert find_data(run / "checkpoints" / "epoch_000.pt", "../data") == runs / "a" / "data"
 
