@@ -118,7 +118,7 @@ class TrainRun(Loop):
         network.drop_path_images = flags.batch_size
         by_kernels = self.device.type == "cpu" and not (self.amp or flags.compile or processes.sync_bn)
         if by_kernels and (library := kernels()) is not None:
-            train_by_kernels(network, library)
+            train_by_kernels(network, library)  # before the line below: it leaves changed modules alone
         use_exact_sums(accelerate_convolutions(network))
         if processes.sync_bn:
             batchnorm.convert(network)

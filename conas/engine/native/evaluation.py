@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conas.darts.genotype import NODES
 from conas.darts.stems import stem_outputs
 from conas.darts.supernet import MixedOp, SearchCell, Supernet
-from conas.engine.native.library import Library, threads
+from conas.engine.native.library import TYPES, Library, threads
 from conas.engine.native.parts import (
     DEPTHWISE,
     HALVES,
@@ -28,7 +28,6 @@ from conas.engine.native.parts import (
 )
 
 SEPARABLE, PLAIN = 3, 4  # kinds of steps, see evaluate.c
-TYPES = torch.float32, torch.float64
 BLOCK = 8  # images for each thread that go through all cells together: they and all states stay in the last cache
 ALIGNED = 16  # numbers, where a piece of the weights begins
 

@@ -17,6 +17,7 @@ KERNELS = {
     "evaluate": [POINTER, POINTER, INT, POINTER, POINTER, POINTER, INT, INT],
 }
 SUFFIXES = {torch.float32: ("float", "float_wide"), torch.float64: ("double", "double")}
+TYPES = tuple(SUFFIXES)  # of the maps that there are kernels for
 _forked = False  # this process is the child of one that may have had threads, which it has not
 
 

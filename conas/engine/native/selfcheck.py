@@ -70,4 +70,3 @@ def _sums(library: Library, dtype: torch.dtype, C: int, draw) -> Iterator[tuple[
     yield "combine", out, sum(share * term for share, term in zip(p, terms))
     calls.dots(*given, grad.data_ptr(), C, dots.data_ptr(), threads())
     yield "dots", dots, torch.stack([(grad * term).sum(0) for term in terms] + [grad.sum(0)])
-

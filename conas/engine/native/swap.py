@@ -16,11 +16,9 @@ from conas.darts.passes import by_definition
 from conas.darts.supernet import MixedOp, SearchCell, Supernet
 from conas.engine.native.cell import NativeCell
 from conas.engine.native.functions import run_operation
-from conas.engine.native.library import Library
+from conas.engine.native.library import TYPES, Library
 from conas.engine.native.parts import Operation, Seen, is_changed, read
 from conas.engine.packed import PackedPass
-
-TYPES = torch.float32, torch.float64
 
 
 class NativePass:
