@@ -1,18 +1,20 @@
-"""Many image files become pixels: in chunks, on every core, and small JPEG files by torchvision's decoder.
+"""Many image files become pixels: small files on one thread, others in chunks on every core, JPEG by torchvision.
 
-A task for every image costs more than a small image does, so a task is a chunk of them. torchvision decodes with the
-same library as Pillow, libjpeg-turbo, and without most of Pillow's work in Python, which threads do in turn. But its
-import takes longer than Pillow takes for thousands of small images, its decoders are to leave it one day, and a build
-with another library gives other pixels. So it is asked for many images only, for plain JPEG files of just the size that
-is wanted, and only after it gave Pillow's very pixels for some of them; Pillow decodes all else and judges whatever
-torchvision refuses.
+A small file takes longer in Pillow's Python code, which threads run in turn, than in its decoder, which they run side
+by side: two threads decode images of 32 pixels more slowly than one. Of larger images a task is a chunk, since a task
+costs time itself. torchvision decodes with the same library as Pillow, libjpeg-turbo, and without most of that Python
+code. But its import takes longer than Pillow takes for thousands of small images, its decoders are to leave it one day,
+and a build with another library gives other pixels. So it is asked for many images only, for plain JPEG files of just
+the size that is wanted, and only after it gave Pillow's very pixels for some of them; Pillow decodes all else and
+judges whatever torchvision refuses.
 """
 import io
 import os
 import struct
+import sys
 import warnings
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
@@ -29,10 +31,12 @@ from conas.data.imagefiles import ImageFiles
 from conas.errors import InputError
 from conas.files import check_regular
 
-MANY = 10_000          # images from which on torchvision's import (1.5 s of a CPU) is won back, some 0.2 ms each
+MANY = 15_000          # images from which on torchvision's import is won back, which takes as long as some 12,000 save
+MANY_IF_IMPORTED = 1_000  # and what it takes to check its pixels, once it is imported
+SMALL = 4096           # bytes of a file, on average, up to which one thread is faster: JPEG files of some 140 pixels
 CHUNK = 64             # images in a task, at most
 CHUNK_BYTES = 2**22    # of their pixels, at most
-SAMPLE = 32            # files that are decoded both ways first
+SAMPLE = 32            # files that are decoded both ways, or whose sizes are read, first
 AHEAD = 4              # chunks for each thread that may wait to be taken
 JPEG = (".jpg", ".jpeg", ".jpe", ".jfif")
 
@@ -49,16 +53,22 @@ def decode_all(decode: Callable[[int], Tensor], count: int, image_size: int, fil
     `files` are what is decoded, where that is files. Few images are in memory at a time. Work of more than two seconds
     shows its progress, if there is a `title` for it.
     """
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    threads = 1 if files is not None and _are_small(files) else _cores()
     size = max(1, min(CHUNK, CHUNK_BYTES // (3 * image_size**2), count // (AHEAD * threads)))
     bar = tqdm(total=count, desc=title, leave=False, delay=2, unit="image",
                disable=True if title is None else distributed.tqdm_disable())
     with quiet_decoders(), bar:
-        fast = _same_as_pillow(files, image_size, decode) if files is not None and count >= MANY else None
+        fast = _same_as_pillow(files, image_size, decode) if files is not None and _are_many(count) else None
 
         def work(start: int) -> list[Tensor | InputError]:
             return [_decode(i, decode, fast) for i in range(start, min(start + size, count))]
 
+        if threads == 1:
+            for start in range(0, count, size):
+                images = work(start)
+                yield from images
+                bar.update(len(images))
+            return
         pool, waiting, starts = ThreadPoolExecutor(threads), deque(), iter(range(0, count, size))
         try:
             waiting.extend(pool.submit(work, start) for start in islice(starts, AHEAD * threads))
@@ -69,6 +79,29 @@ def decode_all(decode: Callable[[int], Tensor], count: int, image_size: int, fil
                 bar.update(len(images))
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _are_many(count: int) -> bool:
+    return count >= (MANY_IF_IMPORTED if "torchvision.io" in sys.modules else MANY)
+
+
+def _are_small(files: ImageFiles) -> bool:
+    sizes = []
+    for name in _sample(files.names):
+        try:
+            sizes.append((files.root / name).stat().st_size)
+        except OSError:  # said by name when it is decoded
+            continue
+    return bool(sizes) and sum(sizes) / len(sizes) <= SMALL
+
+
+def _sample(items: Sequence) -> Sequence:
+    """At most twice SAMPLE of the items, evenly spread."""
+    return items[::max(1, len(items) // SAMPLE)]
 
 
 def _decode(i: int, decode: Callable[[int], Tensor], fast: Callable[[int], Tensor | None] | None
@@ -123,7 +156,7 @@ def is_plain(content: bytes, side: int) -> bool:
 def _same_as_pillow(files: ImageFiles, image_size: int, decode: Callable[[int], Tensor]
                     ) -> Callable[[int], Tensor | None] | None:
     """Decodes image i by torchvision, or not at all, if that is worth its import and gives the pixels of `decode`."""
-    sample = range(0, len(files), max(1, len(files) // SAMPLE))
+    sample = _sample(range(len(files)))
     plain = [i for i in sample if _by_torchvision(files, i, image_size, lambda _: torch.empty(0)) is not None]
     decode_jpeg = torchvision_decoder() if len(plain) > len(sample) / 2 else None
     if decode_jpeg is None:

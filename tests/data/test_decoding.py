@@ -86,10 +86,10 @@ def test_other_sizes_modes_and_files_are_left_to_pillow():
         assert not is_plain(other, 8)
 
 
-def write(root: Path, count: int) -> ImageFiles:
-    """JPEG files, most of them plain and of 32 x 32 pixels, with some of everything else among them."""
+def write(root: Path, count: int, usual: int = 32) -> ImageFiles:
+    """JPEG files, most of them plain and of `usual` pixels on a side, with some of everything else among them."""
     for i in range(count):
-        side, settings, suffix = 32, {}, "jpg"
+        side, settings, suffix = usual, {}, "jpg"
         if i % 11 == 5:
             side = 40
         elif i % 11 == 6:
@@ -105,10 +105,16 @@ def decode_many(files: ImageFiles, side: int = 32) -> list:
         return list(images)
 
 
-@pytest.mark.parametrize("many", [10_000, 1])
+@pytest.fixture(params=["small files", "large files"])
+def size(request, monkeypatch):
+    """The files of this test are taken for small ones, which one thread decodes, or for large ones."""
+    monkeypatch.setattr(conas.data.decoding, "SMALL", 4096 if request.param == "small files" else 0)
+
+
+@pytest.mark.parametrize("many", [False, True])
 @pytest.mark.parametrize("count", [1, 2, 300])
-def test_in_chunks_all_images_are_what_they_are_alone(tmp_path, monkeypatch, count, many):
-    monkeypatch.setattr(conas.data.decoding, "MANY", many)
+def test_in_chunks_all_images_are_what_they_are_alone(tmp_path, monkeypatch, size, count, many):
+    monkeypatch.setattr(conas.data.decoding, "_are_many", lambda count: many)
     files = write(tmp_path, count)
     images = decode_many(files)
     assert len(images) == count
@@ -118,7 +124,7 @@ def test_in_chunks_all_images_are_what_they_are_alone(tmp_path, monkeypatch, cou
 
 def test_small_jpeg_files_are_decoded_by_torchvision(tmp_path, monkeypatch, decode_jpeg):
     """And by nothing else: Pillow is asked for the sample and for the rest."""
-    monkeypatch.setattr(conas.data.decoding, "MANY", 1)
+    monkeypatch.setattr(conas.data.decoding, "_are_many", lambda count: True)
     files, asked = write(tmp_path, 330), []
     with closing(decode_all(lambda i: asked.append(i) or files.decode(i, 32), len(files), 32, files)) as images:
         assert all(torch.equal(image, files.decode(i, 32)) for i, image in enumerate(images))
@@ -126,7 +132,7 @@ def test_small_jpeg_files_are_decoded_by_torchvision(tmp_path, monkeypatch, deco
 
 
 def test_a_decoder_with_other_pixels_is_not_used(tmp_path, monkeypatch):
-    monkeypatch.setattr(conas.data.decoding, "MANY", 1)
+    monkeypatch.setattr(conas.data.decoding, "_are_many", lambda count: True)
     monkeypatch.setattr(conas.data.decoding, "torchvision_decoder", lambda: lambda content: by_pillow(content) ^ 1)
     files = write(tmp_path, 60)
     assert all(torch.equal(image, files.decode(i, 32)) for i, image in enumerate(decode_many(files)))
@@ -153,8 +159,8 @@ def test_damaged_files_are_read_or_refused_just_as_by_pillow(tmp_path, decode_jp
         fuzz(given(content=damaged(whole))(check))()
 
 
-def test_errors_come_in_order_and_images_before_them(tmp_path, monkeypatch):
-    monkeypatch.setattr(conas.data.decoding, "MANY", 1)
+def test_errors_come_in_order_and_images_before_them(tmp_path, monkeypatch, size):
+    monkeypatch.setattr(conas.data.decoding, "_are_many", lambda count: True)
     files = write(tmp_path, 200)
     for name in (files.names[70], files.names[151]):
         (tmp_path / name).write_bytes((tmp_path / name).read_bytes()[:-20])
@@ -163,7 +169,26 @@ def test_errors_come_in_order_and_images_before_them(tmp_path, monkeypatch):
     assert list(bad) == [70, 151] and "0070.jpg: cannot be read as an image (image file is truncated" in bad[70]
 
 
-def test_stopping_early_leaves_no_thread(tmp_path):
+@pytest.mark.parametrize("side, alone", [(32, True), (400, False)])
+def test_small_files_are_decoded_on_one_thread(tmp_path, monkeypatch, side, alone):
+    """Threads run Pillow's Python code in turn, and for a small file that is most of the work."""
+    monkeypatch.setattr(conas.data.decoding, "_cores", lambda: 2)
+    files, used = write(tmp_path, 40, side), set()
+    with closing(decode_all(lambda i: used.add(threading.current_thread()) or files.decode(i, 32), len(files), 32,
+                            files)) as images:
+        assert len(list(images)) == 40
+    assert (used == {threading.current_thread()}) == alone
+
+
+def test_a_file_that_is_gone_is_named_when_it_is_decoded(tmp_path, size):
+    files = write(tmp_path, 3)
+    for name in files.names:
+        (tmp_path / name).unlink()
+    assert all(isinstance(image, InputError) and name in str(image)
+               for name, image in zip(files.names, decode_many(files), strict=True))
+
+
+def test_stopping_early_leaves_no_thread(tmp_path, size):
     files, before = write(tmp_path, 200), threading.active_count()
     with closing(decode_all(partial(files.decode, image_size=32), len(files), 32, files)) as images:
         next(images)
@@ -175,8 +200,8 @@ def test_the_fingerprint_does_not_know_the_decoder(tmp_path, monkeypatch):
         (tmp_path / part / name).mkdir(parents=True)
         write(tmp_path / part / name, 30)
     prints = []
-    for many in (10_000, 1):
-        monkeypatch.setattr(conas.data.decoding, "MANY", many)
+    for many in (False, True):
+        monkeypatch.setattr(conas.data.decoding, "_are_many", lambda count, many=many: many)
         prints.append(load("folder", tmp_path, "train").fingerprint)
     assert prints[0] == prints[1]
 
