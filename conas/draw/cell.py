@@ -264,16 +264,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = Parser(prog="python -m conas.draw", description=__doc__.splitlines()[0])
     parser.add_argument("genotypes", nargs="+", metavar="[NAME=]FILE",
                         help="published names, SPACE/NAME as cnn_space1/CONAS, files or texts of cells, in a form of "
-                             "docs/extending.md; or the folder of one search, for its curves")
+                             "docs/extending.md; or folders of searches, for their curves")
     parser.add_argument("--committee", action="store_true", help="draw the genotypes as one committee")
     parser.add_argument("--layers", type=int, default=20, help="cells of a committee's member (default: 20)")
     parser.add_argument("--out", required=True, help="folder for cells (several genotypes: in it, one folder for each, "
                                                      "called NAME); .svg or .png for a committee or "
                                                      "curves")
     values = parser.parse_args(argv)
-    if folder := next(filter(os.path.isdir, values.genotypes), None):
-        from conas.draw.health import draw_alone
-        return draw_alone(folder, values)
+    if any(os.path.isdir(argument) or os.path.isdir(argument.partition("=")[2]) for argument in values.genotypes):
+        from conas.draw.health import draw_searches
+        if values.committee:
+            raise InputError("--committee: a committee is of cells, and these are searches; leave it out")
+        return draw_searches(values.genotypes, values.out)
     members = {}
     for argument in values.genotypes:
         name, equals, file = argument.partition("=")

@@ -1,5 +1,6 @@
 """Signs and remedies in whole searches: what the lines hold, that runs resume alike, and where a search stops."""
 import json
+import re
 import shutil
 from importlib import import_module
 
@@ -40,8 +41,28 @@ def test_signs_change_nothing_else_and_are_drawn(tmp_path, capsys):
         cell.main([str(folder), "--out", str(tmp_path / f"health.{suffix}")])
     picture = (tmp_path / "health.svg").read_text()
     assert all(f'id="{name}"' in picture for name in ("valid_top1", "skips", "entropy_normal", "curvature"))
-    with pytest.raises(InputError, match="drawn alone"):
-        cell.main([str(folder), "DARTS_V2", "--out", str(tmp_path)])
+    with pytest.raises(InputError, match="DARTS_V2: curves are of searches"):
+        cell.main([str(folder), "DARTS_V2", "--out", str(tmp_path / "two.svg")])
+    with pytest.raises(InputError, match="--committee"):
+        cell.main([str(folder), "--committee", "--out", str(tmp_path / "two.svg")])
+
+
+def test_searches_of_one_name_have_one_colour_and_their_mean(tmp_path):
+    """Read from the file: matplotlib's SVG has the points of each curve in pixels, in which means are means too."""
+    values = {"a": [0.1, 0.3, 0.5], "b": [0.3, 0.5, 0.1, 0.7], "c": [0.2, 0.2, 0.2]}
+    for name, curvature in values.items():
+        (tmp_path / name).mkdir()
+        lines = [{"epoch": epoch, "curvature": value} for epoch, value in enumerate(curvature)]
+        (tmp_path / name / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out = tmp_path / "both.svg"
+    cell.main([f"plain={tmp_path / 'a'}", f"plain={tmp_path / 'b'}", f"decay={tmp_path / 'c'}", "--out", str(out)])
+    paths = dict(re.findall(r'<g id="curvature-(\w+)">\s*<path d="([^"]*)"', out.read_text()))
+    assert set(paths) == {"plain", "decay"}
+    heights = {group: [float(y) for _, y in re.findall(r"[ML] (\S+) (\S+)", path)] for group, path in paths.items()}
+    assert len(heights["plain"]) == len(heights["decay"]) == 3 and len(set(heights["decay"])) == 1
+    # mean of a and b in the first three epochs: 0.2, 0.4, 0.3; c is 0.2
+    first, second, third = (y - heights["decay"][0] for y in heights["plain"])
+    assert abs(first) < 0.01 and second < -1 and abs(third - second / 2) < 0.01
 
 
 def test_a_run_with_remedies_goes_on_with_the_same_bits(tmp_path, monkeypatch):
