@@ -35,6 +35,7 @@ struct unit {
 #define AHEAD 64  /* pixels: memory is asked for so early, while others are computed */
 #define LARGEST 15  /* kernel size */
 
+#ifndef OWN_ROOM /* or a test has both, with bounds that can be checked */
 /* Memory that belongs to a thread, at least `bytes` of it, or NULL; it is kept for the next call. */
 static void *room(int which, int64_t bytes)
 {
@@ -55,6 +56,7 @@ static void *take(char **free, int64_t count, int64_t size)
     *free += (count * size + 63) / 64 * 64;
     return piece;
 }
+#endif
 
 #if defined(__AVX512F__) || defined(__aarch64__)
 #define BLOCK 8  /* pixels, or channels, whose sums are kept in registers: of 32 */
@@ -848,8 +850,11 @@ int NAME(pools_backward)(const struct unit *u, const REAL *average, const double
         char *own = room(1, 3 * size * C * sizeof(REAL) + 3 * 64);
         REAL *grads[2] = {take(&own, size * C, sizeof(REAL)), take(&own, size * C, sizeof(REAL))};
         INT *places = take(&own, size * C, sizeof(INT));
-        if (grads[0])  /* one of the pools may not be there */
-            memset(grads[0], 0, (char *)(places + size * C) - (char *)grads[0]);
+        if (grads[0]) {  /* one of the pools may not be there */
+            memset(grads[0], 0, size * C * sizeof(REAL));
+            memset(grads[1], 0, size * C * sizeof(REAL));
+            memset(places, 0, size * C * sizeof(INT));
+        }
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < u->N; n++) {
             if (!grads[0]) {
