@@ -1,15 +1,22 @@
-"""The retraining loop against a textbook loop of the same network, and against the network's bare passes.
+"""A step of retraining: train.py's by plain modules, by compiled kernels and by torch.compile, and a textbook loop's.
 
-    python -m benchmarks.train_step                           # small enough for a CPU
-    python -m benchmarks.train_step --device cuda --init_channels 36 --layers 20 --batch_size 96 --steps 100
+    python -m benchmarks.train_step                           # DARTS_V2, 16 channels, 6 cells, batches of 96
+    python -m benchmarks.train_step --device cuda --init_channels 36 --layers 20 --steps 100
 
-The textbook loop augments image by image in the workers of a DataLoader, has images in NCHW and plain modules, and
-computes in float32. Ours is train.py's. Bare passes are forward and backward of our network on one batch that lies on
-the device. All three train DARTS' cells with auxiliary head, Cutout and drop path on random images of 32x32 pixels;
-they take turns in one process, and each round gives one ratio. Prints medians with the quartiles, and writes
-benchmarks/results/train_step-DEVICE.json.
+The textbook loop augments image by image in a DataLoader, has images in NCHW and plain modules, and computes in
+float32. `plain`, `kernels` and `compiled` are train.py's loop by its three ways to compute a step; `bare` is forward
+and backward of the network that train.py has by default, on one batch that lies on the device. All train the same cells
+with auxiliary head, Cutout and drop path on random images of 32x32 pixels, and keep freed memory. They take turns in
+one process, by --steps steps, and each round gives one ratio.
+
+Before, `compiled` compiles, with an empty cache and one process: for each of the first epochs, in which drop path has
+other probabilities, what its first step takes more than the next is what compiling takes. The break-even is after how
+many steps that is won back. With one thread, figures are processor seconds too, those of the C++ compiler included.
+Writes benchmarks/results/train_step-DEVICE.json.
 """
 import argparse
+import os
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 
@@ -32,17 +39,19 @@ from conas.engine.convolutions import accelerate_convolutions
 from conas.engine.native.loader import kernels
 from conas.engine.native.training import train_by_kernels
 from conas.engine.precision import use_bf16
+from conas.memory import keep_freed_memory
 from conas.runs.options import RecipeOptions
 from conas.runs.progress import EpochMeter
 
 AUXILIARY_WEIGHT, DROP_PATH, CUTOUT = 0.4, 0.2, 16
+EPOCHS = 3  # whose drop path `compiled` compiles for, one after the other, as a training of 600 epochs does
 RECIPE = RecipeOptions(learning_rate=0.025, weight_decay=3e-4, label_smooth=0.0)
 INFO: DataInfo = DATASETS["cifar10"]
 
 
 def build(options: argparse.Namespace, device: torch.device) -> NetworkCIFAR:
     torch.manual_seed(0)
-    network = NetworkCIFAR(options.init_channels, 10, options.layers, True, GENOTYPES["DARTS"]).to(device).train()
+    network = NetworkCIFAR(options.init_channels, 10, options.layers, True, GENOTYPES[options.arch]).to(device).train()
     network.drop_path_prob = DROP_PATH
     return network
 
@@ -95,19 +104,18 @@ def textbook(options: argparse.Namespace, images: ImageSet, device: torch.device
 
 # ours
 
-def accelerated(options: argparse.Namespace, device: torch.device, amp: bool) -> NetworkCIFAR:
+def accelerated(options: argparse.Namespace, device: torch.device, by_kernels: bool) -> NetworkCIFAR:
     """As train.py has it."""
     network = build(options, device)
-    if device.type == "cpu" and not (amp or options.compile) and (library := kernels()) is not None:
+    if by_kernels and (library := kernels()) is not None:
         train_by_kernels(network, library)
     use_exact_sums(accelerate_convolutions(network))
     return network.to(memory_format=torch.channels_last)
 
 
-def ours(options: argparse.Namespace, images: ImageSet, device: torch.device, amp: bool) -> Iterator[None]:
+def ours(options: argparse.Namespace, images: ImageSet, device: torch.device, amp: bool, network: NetworkCIFAR,
+         forward: nn.Module) -> Iterator[None]:
     """One step of train.py for each next()."""
-    network = accelerated(options, device, amp)
-    forward = torch.compile(network) if options.compile else network
     optimizer = sgd(network, fused=True)
     stream = Stream(images, torch.arange(len(images)), options.batch_size, name="training", seed=0, device=device,
                     cutout_length=CUTOUT, drop_last=True)
@@ -120,70 +128,118 @@ def ours(options: argparse.Namespace, images: ImageSet, device: torch.device, am
             yield
 
 
-def bare(options: argparse.Namespace, images: ImageSet, device: torch.device, amp: bool) -> Iterator[None]:
+def bare(options: argparse.Namespace, images: ImageSet, device: torch.device, amp: bool, network: NetworkCIFAR
+         ) -> Iterator[None]:
     """Forward and backward of our network for each next()."""
-    network = accelerated(options, device, amp)
-    forward = torch.compile(network) if options.compile else network
     x, y = next(images.batches(options.batch_size, device))
     y = y.to(device)
     while True:
         network.zero_grad(set_to_none=True)
         with torch.autocast(device.type, torch.bfloat16, enabled=amp):
-            logits, auxiliary = forward(x)
+            logits, auxiliary = network(x)
             loss = cross_entropy(logits, y) + AUXILIARY_WEIGHT * cross_entropy(auxiliary, y)
         loss.backward()
         yield
 
 
-def seconds(loop: Iterator[None], steps: int, wait: Callable[[], None]) -> float:
-    """How long `steps` steps of a loop take."""
+def processor_seconds() -> float:
+    """Of this process and of those that it has waited for, such as a C++ compiler."""
+    children = os.times()
+    return time.process_time() + children.children_user + children.children_system
+
+
+def seconds(loop: Iterator[None], steps: int, wait: Callable[[], None]) -> dict[str, float]:
+    """How long `steps` steps of a loop take, by both clocks."""
     wait()
-    began = time.perf_counter()
+    wall, processor = time.perf_counter(), processor_seconds()
     for _ in range(steps):
         next(loop)
     wait()
-    return time.perf_counter() - began
+    return {"processor": processor_seconds() - processor, "wall": time.perf_counter() - wall}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("init_channels", 8), ("layers", 8), ("batch_size", 96), ("steps", 12), ("workers", 2)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--rounds", type=several, default=9)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
-    parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
-    device = find_device(options.device)
-    amp = use_bf16(options.amp, device)
+def compiling(loop: Iterator[None], network: NetworkCIFAR, wait: Callable[[], None]) -> list[dict[str, float]]:
+    """What compiling takes in each of the first epochs of a training."""
+    taken = []
+    for epoch in range(EPOCHS):
+        network.drop_path_prob = DROP_PATH * epoch / 600
+        first, _, after = (seconds(loop, 1, wait) for _ in range(3))
+        taken.append({clock: max(0.0, first[clock] - after[clock]) for clock in first})
+        print(f"epoch {epoch}: compiled for {taken[-1]['wall']:.1f} s, {taken[-1]['processor']:.1f} s of processors",
+              flush=True)
+    network.drop_path_prob = DROP_PATH
+    seconds(loop, 2, wait)
+    return taken
+
+
+def compare(options: argparse.Namespace, images: ImageSet, device: torch.device, amp: bool) -> dict:
+    """Seconds of a step of each, by turns, the ratios, and what compiling takes."""
     wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-
-    rng = torch.Generator().manual_seed(0)
-    N = options.batch_size * max(options.steps, 20)  # an epoch of the textbook loader, which waits at its end
-    pixels = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8, generator=rng)
-    images = ImageSet(INFO, pixels, torch.randint(0, 10, (N,), generator=rng))
-    loops = {"ours": ours(options, images, device, amp), "textbook": textbook(options, images, device),
-             "bare": bare(options, images, device, amp)}
+    able = device.type == "cpu" and not amp and kernels() is not None
+    given = options, images, device, amp
+    plain, default, to_compile = (accelerated(options, device, able and i == 1) for i in range(3))
+    loops = {"textbook": textbook(*given[:3]), "plain": ours(*given, plain, plain),
+             "compiled": ours(*given, to_compile, torch.compile(to_compile)), "bare": bare(*given, default)}
+    if able:
+        loops["kernels"] = ours(*given, default, default)
+    result = {"compiling": compiling(loops["compiled"], to_compile, wait)}
     for loop in loops.values():
         seconds(loop, 2, wait)  # start workers, choose kernels
     taken = {name: [] for name in loops}
     for turn in range(options.rounds):
         for name in sorted(loops, reverse=turn % 2 == 1):
             taken[name].append(seconds(loops[name], options.steps, wait))
+    usual = "kernels" if able else "plain"
+    pairs = [("textbook", usual), ("plain", usual), ("compiled", usual), ("plain", "compiled"), ("bare", usual)]
+    for clock in "processor", "wall":
+        result[f"{clock}_seconds"] = {name: spread([each[clock] / options.steps for each in of])
+                                      for name, of in taken.items()}
+        result[f"{clock}_ratio"] = {f"{slow} over {fast}": spread([a[clock] / b[clock] for a, b in zip(
+            taken[slow], taken[fast])]) for slow, fast in pairs if slow != fast}
+        compiled = result[f"{clock}_seconds"]["compiled"]["median"]
+        result[f"{clock}_break_even"] = {name: break_even(sum(each[clock] for each in result["compiling"]), result[
+            f"{clock}_seconds"][name]["median"], compiled) for name in {"plain", usual}}
+    return result
 
-    size = options.batch_size * options.steps
-    result = {
-        "ours_over_textbook": spread([t / o for o, t in zip(taken["ours"], taken["textbook"])]),
-        "ours_over_bare": spread([b / o for o, b in zip(taken["ours"], taken["bare"])]),
-        "images_per_second": {name: spread([size / s for s in values]) for name, values in taken.items()},
-        "n": options.rounds, "options": vars(options), "bfloat16": amp,
-    } | machine(device)
-    for name, of in (("ours_over_textbook", "speed of ours over the textbook loop"),
-                     ("ours_over_bare", "speed of ours over bare passes")):
-        low, high = result[name]["quartiles"]
-        print(f"{of}: {result[name]['median']:.3f} (quartiles {low:.3f} to {high:.3f}, n = {options.rounds})")
-    for name, value in result["images_per_second"].items():
-        print(f"{name}: {value['median']:.1f} images per second")
+
+def break_even(compiling: float, step: float, compiled: float) -> float | None:
+    """After how many steps that would take `step` seconds compiling is won back; None if never."""
+    return compiling / (step - compiled) if step > compiled else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("init_channels", 16), ("layers", 6), ("batch_size", 96), ("steps", 3), ("workers", 0),
+                          ("threads", 1)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--arch", default="DARTS_V2", choices=sorted(GENOTYPES))
+    parser.add_argument("--rounds", type=several, default=9)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--amp", default="auto", choices=["auto", "bf16", "off"])
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    keep_freed_memory()
+    device = find_device(options.device)
+    amp = use_bf16(options.amp, device)
+
+    rng = torch.Generator().manual_seed(0)
+    N = options.batch_size * max(options.steps, 20)  # an epoch of the textbook loader, which waits at its end
+    pixels = torch.randint(0, 256, (N, 3, 32, 32), dtype=torch.uint8, generator=rng)
+    images = ImageSet(INFO, pixels, torch.randint(0, 10, (N,), generator=rng))
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # in this process, whose time counts
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TORCHINDUCTOR_CACHE_DIR"] = cache
+        result = compare(options, images, device, amp)
+    result |= {"n": options.rounds, "options": vars(options), "bfloat16": amp} | machine(device)
+    clock = "wall" if device.type == "cuda" or options.threads > 1 else "processor"
+    for name, of in result[f"{clock}_ratio"].items():
+        print(f"seconds of {name}: {of['median']:.3f} (quartiles {of['quartiles'][0]:.3f} to {of['quartiles'][1]:.3f}, "
+              f"n = {options.rounds}, {clock} time)")
+    for name, steps in result[f"{clock}_break_even"].items():
+        print(f"compiling is won back over {name} after " + ("no number of steps" if steps is None else f"{steps:.0f} "
+              "steps"))
+    for name, of in result["wall_seconds"].items():
+        print(f"{name}: {options.batch_size / of['median']:.1f} images per second by the wall clock")
     print(f"written: {write(f'train_step-{device.type}', result)}")
 
 

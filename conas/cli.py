@@ -23,13 +23,14 @@ STOPPED = "stopped; start the same command again to go on from what was kept"
 
 
 def option(default, help: str, *, low=None, high=None, choices: Sequence[str] | None = None, even: bool = False,
-           path: str | tuple[str, ...] | None = None):
+           path: str | tuple[str, ...] | None = None, switch: bool = False):
     """A dataclass field that is also a command-line flag. `low` and `high` are inclusive bounds.
 
-    With `path`, a value that ends in it, or in one of them, is a path, and is made absolute: "" for any value.
+    With `path`, a value that ends in it, or in one of them, is a path, and is made absolute: "" for any value. With
+    `switch`, --NAME alone is its value "on", and --no-NAME "off".
     """
     return dataclasses.field(default=default, metadata={"help": help, "low": low, "high": high, "choices": choices,
-                                                        "even": even, "path": path})
+                                                        "even": even, "path": path, "switch": switch})
 
 
 def path_flags(groups: Sequence[type]) -> dict[str, str | tuple[str, ...]]:
@@ -92,6 +93,10 @@ def _add_flag(arguments, field: dataclasses.Field, kind) -> None:
     else:
         settings |= {"type": kind, "choices": field.metadata["choices"],
                      "metavar": None if field.metadata["choices"] else kind.__name__.upper()}
+    if field.metadata["switch"]:
+        settings |= {"nargs": "?", "const": "on"}
+        arguments.add_argument(f"--no-{field.name}", dest=field.name, action="store_const", const="off",
+                               default=argparse.SUPPRESS, help=f"--{field.name} off")
     arguments.add_argument(f"--{field.name}", **settings)
 
 

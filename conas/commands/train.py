@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from conas import distributed
 from conas.cli import find_device, parse
-from conas.commands import cells
+from conas.commands import cells, compiling
 from conas.commands.scoring import validate
 from conas.commands.training_data import describe_images, training_images
 from conas.darts import genotype as genotypes
@@ -75,7 +75,7 @@ class TrainRun(Loop):
         self.space = Space(folder.name, folder, own_operations=getattr(module, "OPERATIONS", {}))
         self.device = find_device(options.device, keep.deterministic)
         self.amp = use_bf16(options.amp, self.device)
-        if options.compile and processes.sync_bn and distributed.size() > 1:
+        if options.compile == "on" and processes.sync_bn and distributed.size() > 1:
             raise InputError("--compile: cannot compile what --sync_bn sends between processes; leave one of them out")
         pretrained = cells.load_pretrained(shape.init_from, self.space.operations) if shape.init_from else None
         genotype, self.where = cells.choose_cells(self.space, self.primitives, named_genotypes(module), shape,
@@ -88,7 +88,8 @@ class TrainRun(Loop):
         check_outputs(run_folder)
         groups = (data, shape, recipe, held_out, options, keep, processes)
         super().__init__(self.space.name, run_folder, groups, keep, suffixes=suffixes)
-        self.recipe, self.lr_scale, self.tells_time = recipe, processes.lr_scale, not options.compile
+        self.recipe, self.lr_scale = recipe, processes.lr_scale
+        self.compiled = compiling.asked(options.compile, run_folder)
         self.frequency = options.checkpoint_freq or max(1, round(recipe.epochs / 50))
         self._read_images(data, shape, held_out)
         self._build(shape, genotype, pretrained, processes)
@@ -116,9 +117,10 @@ class TrainRun(Loop):
                         "all weights initialised at random")
         self.initial += cells.leakage_warning(pretrained, self.dataset_info)
         network.drop_path_images = flags.batch_size
-        by_kernels = self.device.type == "cpu" and not (self.amp or flags.compile or processes.sync_bn)
-        if by_kernels and (library := kernels()) is not None:
-            train_by_kernels(network, library)  # before the line below: it leaves changed modules alone
+        able = self.device.type == "cpu" and not (self.amp or self.compiled or processes.sync_bn)
+        library = kernels() if able else None
+        # before the line below, which changes modules: it leaves these alone
+        self.by_kernels = library is not None and train_by_kernels(network, library) > 0
         use_exact_sums(accelerate_convolutions(network))
         if processes.sync_bn:
             batchnorm.convert(network)
@@ -166,8 +168,9 @@ class TrainRun(Loop):
             self.log(warning)
         for note in committee_notes(self.folder, self.arguments):
             self.log(note)
-        compiled = flags.compile and compiler_works(self.device, self.log)
-        self.forward = torch.compile(self.network) if compiled else self.network
+        left = (flags.epochs - self.start) * self.stream.steps - self.start_step
+        compiled = compiling.settled(self, left) and compiler_works(self.device, self.log)
+        self.forward, self.tells_time = torch.compile(self.network) if compiled else self.network, not compiled
         done = self.start * self.stream.steps + self.start_step
         self.batches = self.stack.enter_context(closing(self.stream.batches(done)))
 

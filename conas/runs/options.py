@@ -256,7 +256,9 @@ class TrainRunOptions:
     device: str = option("auto", "auto, cpu, cuda, cuda:N or mps")
     amp: str = option("auto", "arithmetic of the passes: bf16, float32 (off), or bf16 on GPUs that have it (auto)",
                       choices=["auto", "bf16", "off"])
-    compile: bool = option(False, "by torch.compile; the first two epochs then take minutes longer")
+    compile: str = option("off", "by torch.compile (on, or no value), which takes minutes in the first epochs; auto: "
+                          "only if these are won back, which kernels on a CPU do not let it do",
+                          choices=["auto", "on", "off"], switch=True)
     report_freq: int = option(50, "steps between two looks at loss and accuracy", low=1)
 
 
