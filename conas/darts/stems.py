@@ -4,7 +4,7 @@ The stem "imagenet" is that of PC-DARTS' search on ImageNet (arXiv:1907.05737): 
 """
 from torch import Tensor, nn
 
-from conas.darts.batchnorm import BatchNorm2d
+from conas.darts.batchnorm import has_own_forward
 
 STEMS = "cifar", "imagenet"
 
@@ -54,8 +54,7 @@ def is_stem(network: nn.Module) -> bool:
     parts = [part for stem in found.values() for part in stem]
     norm = nn.Conv2d, nn.BatchNorm2d
     known = norm if "stem" in found else (*norm, nn.ReLU, *norm, nn.ReLU, *norm)
-    classes = tuple(nn.BatchNorm2d if type(part) is BatchNorm2d else type(part) for part in parts)
-    if classes != known or any("forward" in vars(part) for part in (*found.values(), *parts)):
+    if tuple(map(type, parts)) != known or any(map(has_own_forward, (*found.values(), *parts))):
         return False
     stride = (1, 1) if "stem" in found else (2, 2)
     wanted = (3, 3), stride, (1, 1), (1, 1), 1, None, "zeros"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from conas.darts.batchnorm import BatchNorm2d, use_exact_sums
+from conas.darts.batchnorm import has_exact_sums, use_exact_sums
 from conas.darts.genotype import EDGES, NODES, Genotype, derive
 from conas.darts.operations import OPERATIONS, FactorizedReduce, ReLUConvBN, Zero, choose_operations
 from conas.darts.passes import constant_alphas, frozen_statistics  # noqa: F401  a space imports them from here
@@ -118,9 +118,9 @@ class Supernet(nn.Module):
         order = self.flat_order()
         parts = w.split([p.numel() for p in order.values()])
         state = {name: part.view(p.shape) for (name, p), part in zip(order.items(), parts)}
-        if self.statistics.frozen:  # the buffers of other modules than `BatchNorm2d` stay as they are too
+        if self.statistics.frozen:  # buffers of modules that do not know that stay as they are too
             state |= {f"{place}.{name}".lstrip("."): buffer.clone() for place, module in self.named_modules()
-                      if type(module) is not BatchNorm2d for name, buffer in module._buffers.items()}
+                      if not has_exact_sums(module) for name, buffer in module._buffers.items()}
         return functional_call(self, state, (x,))
 
     def flat_order(self, names: Sequence[str] | None = None) -> dict[str, nn.Parameter]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import conv2d, max_pool2d, pad
 
-from conas.darts.batchnorm import BatchNorm2d
+from conas.darts.batchnorm import has_own_forward
 from conas.darts.operations import AveragePool, DilConv, FactorizedReduce, SepConv, Zero, average_pool
 from conas.engine.batch_statistics import Statistics
 
@@ -41,14 +41,13 @@ COMPUTED = {
     "dil_conv_5x5": [(DilConv,)],
     "conv_7x1_1x7": [(nn.ReLU, nn.Conv2d, nn.Conv2d, nn.BatchNorm2d)],
 }
-INSIDE = {nn.Sequential, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.BatchNorm2d, BatchNorm2d}
+INSIDE = {nn.Sequential, nn.ReLU, nn.Conv2d, nn.AvgPool2d, nn.BatchNorm2d}
 
 
 def is_computed(primitive: str, operation: nn.Module) -> bool:
     """Return True if packed edges compute what this operation, called `primitive`, does."""
     parts = list(operation) if type(operation) is nn.Sequential else [operation]
-    classes = tuple(nn.BatchNorm2d if type(part) is BatchNorm2d else type(part) for part in parts)
-    if classes not in COMPUTED.get(primitive, []) or any("forward" in vars(part) for part in operation.modules()):
+    if tuple(map(type, parts)) not in COMPUTED.get(primitive, []) or any(map(has_own_forward, operation.modules())):
         return False  # of another class, or with a forward that was replaced in this instance
     if "pool" in primitive:
         pool = parts[0].pool if type(parts[0]) is AveragePool else parts[0]

@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d, max_pool2d, pad
 
-from conas.darts.batchnorm import BatchNorm2d
+from conas.darts.batchnorm import has_own_forward
 from conas.darts.derived import DerivedNetwork
 from conas.darts.genotype import NODES
 from conas.darts.operations import AveragePool, DilConv, FactorizedReduce, ReLUConvBN, SepConv, Zero
 from conas.darts.stems import is_stem, stem_outputs
 from conas.darts.supernet import MixedOp, SearchCell, Supernet
 
-NORMS = nn.BatchNorm2d, BatchNorm2d
 POOLS = {nn.MaxPool2d: lambda x, stride: max_pool2d(x, 3, stride, 1),
          AveragePool: lambda x, stride: avg_pool2d(x, 3, stride, 1, count_include_pad=False)}
 
@@ -85,7 +84,7 @@ class Halving(nn.Module):
 
 
 def _untouched(*modules: nn.Module) -> bool:
-    return not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in modules)
+    return not any(m._forward_hooks or m._forward_pre_hooks or has_own_forward(m) for m in modules)
 
 
 def fold(network: nn.Module) -> nn.Module:
@@ -98,7 +97,7 @@ def fold(network: nn.Module) -> nn.Module:
     if type(network) is nn.Sequential:
         for index in range(len(network) - 1):
             conv, norm = network[index], network[index + 1]
-            if (type(conv) is nn.Conv2d and type(norm) in NORMS and norm.track_running_stats
+            if (type(conv) is nn.Conv2d and type(norm) is nn.BatchNorm2d and norm.track_running_stats
                     and conv.padding_mode == "zeros" and _untouched(conv, norm)):
                 network[index], network[index + 1] = folded(conv, norm), nn.Identity()
     for child in network.children():
@@ -201,7 +200,7 @@ class PlainNode(nn.Module):
 
 def _is_pool(operation: nn.Sequential) -> bool:
     """Whether an operation is a 3x3 pool and BatchNorm."""
-    if len(operation) != 2 or type(operation[0]) not in POOLS or type(operation[1]) not in NORMS:
+    if len(operation) != 2 or type(operation[0]) not in POOLS or type(operation[1]) is not nn.BatchNorm2d:
         return False
     pool = operation[0].pool if type(operation[0]) is AveragePool else operation[0]
     return (pool.kernel_size, pool.padding, pool.ceil_mode, getattr(pool, "dilation", 1)) == (3, 1, False, 1)

@@ -54,6 +54,9 @@ class Library:
         """Those of all types and widths."""
         return list(self._tables.values())
 
+    def __deepcopy__(self, _memo: dict) -> "Library":
+        return self  # a copy of a network has the same
+
 
 class Table:
     """The kernels of one type and width, as attributes."""

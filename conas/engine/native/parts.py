@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from conas.darts.batchnorm import BatchNorm2d
+from conas.darts.batchnorm import has_own_forward
 from conas.darts.operations import AveragePool, DilConv, FactorizedReduce, ReLUConvBN, SepConv, Zero
 
 DEPTHWISE, POINTWISE, HALVES = range(3)  # kinds of units, see kernels.c
@@ -141,7 +141,7 @@ def read_units(module: nn.Module, affine: bool = False) -> tuple[Unit, ...] | No
 
 def is_changed(part: nn.Module) -> bool:
     """Whether it may compute something else than its class says."""
-    return bool("forward" in vars(part) or has_hooks(part) or getattr(part, "parametrizations", None))
+    return bool(has_own_forward(part) or has_hooks(part) or getattr(part, "parametrizations", None))
 
 
 def has_hooks(part: nn.Module) -> bool:
@@ -150,7 +150,7 @@ def has_hooks(part: nn.Module) -> bool:
 
 
 def _is_norm(norm: nn.Module, affine: bool = False) -> bool:
-    return (type(norm) in (nn.BatchNorm2d, BatchNorm2d) and norm.affine == affine and norm.track_running_stats
+    return (type(norm) is nn.BatchNorm2d and norm.affine == affine and norm.track_running_stats
             and norm.momentum is not None)
 
 

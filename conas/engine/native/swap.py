@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from conas.darts.batchnorm import BatchNorm2d
+from conas.darts.batchnorm import has_exact_sums
 from conas.darts.passes import by_definition
 from conas.darts.supernet import MixedOp, SearchCell, Supernet
 from conas.engine.native.cell import NativeCell
@@ -52,7 +52,7 @@ class NativePass:
                 size += self._pieces.pop()[1]
             self._pieces.append((piece, size))
         self._with_buffers = [(place, module) for place, module in network.named_modules()
-                              if module._buffers and type(module) is not BatchNorm2d]
+                              if module._buffers and not has_exact_sums(module)]
         self._shapes = {name: weights[name].shape for name in self.order}
 
     def _take(self, prefix: str, cell: nn.Module, places: dict[str, int]) -> None:
