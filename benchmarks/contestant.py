@@ -1,4 +1,4 @@
-"""What benchmarks/search_step.py compares: two implementations, each with a network, optimizers and random batches."""
+"""What benchmarks/search_step.py compares: implementations, each with a network, optimizers and random batches."""
 from importlib import import_module
 
 import torch
@@ -14,7 +14,10 @@ RECIPE = WeightOptions()
 
 
 class Contestant:
-    """One implementation of a space's search on random batches of its own; `works` are what is timed."""
+    """One implementation of a space's search on random batches of its own; `works` are what is timed.
+
+    `name` is "ours", "textbook", or "channels_last", the textbook with images and network in that memory format.
+    """
 
     def __init__(self, name: str, space: str, channels: int, layers: int, batch_size: int, eval_batch: int = 0,
                  device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, image_size: int = 32,
@@ -26,8 +29,9 @@ class Contestant:
         batches = [torch.randn(n, 3, image_size, image_size, dtype=torch.float64).to(device, dtype)
                       for n in (batch_size, batch_size, eval_batch)]
         labels = torch.randint(10, (2, batch_size)).to(device)
-        if name == "ours":
+        if name in ("ours", "channels_last"):
             batches = [x.contiguous(memory_format=torch.channels_last) for x in batches]
+        if name == "ours":
             self.network = ours.to(memory_format=torch.channels_last)
             accelerate(ours)
             optimizer = weight_optimizer(ours, RECIPE)
@@ -35,6 +39,8 @@ class Contestant:
         else:
             self.network = textbook.Network(ours.primitives, channels, 10, layers).to(device, dtype)
             self.network.load_state_dict(ours.state_dict())
+            if name == "channels_last":
+                self.network.to(memory_format=torch.channels_last)
             optimizer = textbook.weight_optimizer(self.network, RECIPE.learning_rate)
             architect = textbook.Architect(self.network)
         train, valid, images = (batches[0], labels[0]), (batches[1], labels[1]), batches[2]

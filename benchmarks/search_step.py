@@ -7,13 +7,15 @@
     python -m benchmarks.search_step --device cuda
 
 The textbook is benchmarks/textbook.py: a module for every primitive on every edge, a new network for every virtual
-step, NCHW. Ours is what train_search.py runs. First the hypergradients of both are compared in float64. Then both take
-turns, each in a process of its own (benchmarks/turns.py), on the same random images of 32x32 pixels in float32: an
-architect step, a weight step and an evaluation (no gradients, --eval_batch images). Each round gives one ratio of
-each; printed are medians and quartiles. On CUDA, ours are graphs, as in train_search.py and test_all.py; steps by
-themselves are not. Memory is that of the first iterations, less what imports take; on CUDA, of tensors. Calls and
-FLOPs are counted on the CPU only. Writes benchmarks/results/search_step-DEVICE.json, which keeps the last result of
-every setting, and draws img/search_step.svg, or img/search_step-cuda.svg.
+step, NCHW. Beside it runs what two lines of any user make of it, channels_last: images and network in that memory
+format, and malloc told to keep freed memory. Ours is what train_search.py runs. First the hypergradients are compared
+in float64. Then all take turns, each in a process of its own (benchmarks/turns.py), on the same random images of 32x32
+pixels in float32: an architect step, a weight step and an evaluation (no gradients, --eval_batch images). Each round
+gives one ratio of each; printed are medians and quartiles, by processor time with one thread on a CPU, which other work
+on the machine disturbs less, else by the wall clock. On CUDA, ours are graphs, as in train_search.py and test_all.py;
+steps by themselves are not. Memory is that of the first iterations, less what imports take; on CUDA, of tensors. Calls
+and FLOPs are counted on the CPU only, and not with --times_only. Writes benchmarks/results/search_step-DEVICE.json,
+which keeps the last result of every setting, and draws img/search_step.svg, or img/search_step-cuda.svg.
 """
 import argparse
 import json
@@ -30,6 +32,7 @@ from benchmarks.search_step_figure import draw
 from benchmarks.turns import Player, stopwatch
 from conas.cli import find_device
 
+BASELINES = "textbook", "channels_last"
 WORKS = "architect", "weights", "evaluation"
 GROWTH = {"batch_size": (8, 16, 32, 64), "channels": (8, 16, 32), "layers": (5, 8, 11, 14)}
 BASE = {"channels": 8, "layers": 5, "batch_size": 16}  # of --growth
@@ -37,47 +40,60 @@ TOLERANCE = 1e-9
 
 
 def disagreement(space: str, device: torch.device) -> float:
-    """The relative distance of both hypergradients in float64, after one iteration, on a small network."""
+    """The relative distance of the hypergradients in float64, after one iteration, on a small network."""
     contestants = [Contestant(name, space, 4, 3, 4, device=device, dtype=torch.float64, image_size=16)
-                   for name in ("textbook", "ours")]
+                   for name in (*BASELINES, "ours")]
     for contestant in contestants:
         contestant.iteration()
-    expected, ours = (contestant.hypergradient() for contestant in contestants)
-    return ((ours - expected).norm() / expected.norm()).item()
+    *expected, ours = (contestant.hypergradient() for contestant in contestants)
+    return max(((ours - of).norm() / of.norm()).item() for of in expected)
 
 
 def race(players: list[Player], works: tuple[str, ...], rounds: int) -> dict:
-    """Seconds of each work of both players, the textbook first, and the ratios, from `rounds` rounds in turn."""
+    """Seconds of each work of all players, ours the last, and the ratios, from `rounds` rounds in turn, by clock."""
     taken = {player: {work: [] for work in (*works, "graph") if work in player.works} for player in players}
     for turn in range(-1, rounds):  # the first round warms up
         for player in players if turn % 2 else players[::-1]:
-            for work, seconds in taken[player].items():
-                took = player.ask("seconds", work)
+            for work, found in taken[player].items():
+                took = player.ask("clocks", work)
                 if turn >= 0:
-                    seconds.append(took)
-    for of in taken.values():
-        both = [a + w for a, w in zip(of["architect"], of["weights"])]
-        of["iteration"] = of.pop("graph", both)
-    textbook, ours = taken.values()
-    return {"seconds": {player.name: {work: spread(values) for work, values in taken[player].items()}
-                        for player in players},
-            "textbook_over_ours": {work: spread([t / o for t, o in zip(values, ours[work])])
-                                   for work, values in textbook.items()}}
+                    found.append(took)
+    result = {}
+    for clock in took:
+        seconds = {player.name: {work: [each[clock] for each in found] for work, found in taken[player].items()}
+                   for player in players}
+        for of in seconds.values():
+            both = [a + w for a, w in zip(of["architect"], of["weights"])]
+            of["iteration"] = of.pop("graph", both)
+        *baselines, ours = seconds
+        result[clock] = {"seconds": {name: {work: spread(values) for work, values in of.items()}
+                                     for name, of in seconds.items()}}
+        for name in baselines:
+            result[clock][f"{name}_over_ours"] = {work: spread([t / o for t, o in zip(values, seconds[ours][work])])
+                                                  for work, values in seconds[name].items()}
+    return result
+
+
+def chosen(result: dict, threads: int) -> dict:
+    """Of a `race`, the figures by processor time where that says what a user waits for, else by the wall clock."""
+    clock = "processor" if threads == 1 and "processor" in result else "wall"
+    return result | {"clock": clock} | result[clock]
 
 
 @contextmanager
-def pair(sizes: dict, device: torch.device, kept: str) -> Iterator[list[Player]]:
-    """The textbook and ours, of the same sizes."""
+def playing(names: tuple[str, ...], sizes: dict, device: torch.device, kept: str) -> Iterator[list[Player]]:
+    """Contestants of the same sizes. channels_last keeps freed memory unless none does."""
     with ExitStack() as stack:
-        yield [stack.enter_context(Player(name, sizes, device, torch.get_num_threads(), kept in ("both", name)))
-               for name in ("textbook", "ours")]
+        yield [stack.enter_context(Player(name, sizes, device, torch.get_num_threads(), kept in ("both", name) or (
+            name == "channels_last" and kept != "none"))) for name in names]
 
 
-def compare(sizes: dict, rounds: int, device: torch.device, kept: str) -> dict:
+def compare(sizes: dict, rounds: int, device: torch.device, kept: str, times_only: bool) -> dict:
     """All figures of one setting."""
-    with pair(sizes, device, kept) as players:
-        result = race(players, WORKS, rounds) | {"peak_bytes": {player.name: player.peak_bytes for player in players}}
-        if device.type == "cuda":
+    with playing((*BASELINES, "ours"), sizes, device, kept) as players:
+        result = chosen(race(players, WORKS, rounds), torch.get_num_threads())
+        result["peak_bytes"] = {player.name: player.peak_bytes for player in players}
+        if device.type == "cuda" or times_only:
             return result
         for count in "operator_calls", "flops":
             result[count] = {player.name: {work: player.ask(count, work) for work in WORKS} for player in players}
@@ -95,8 +111,9 @@ def grow(space: str, rounds: int, device: torch.device, kept: str) -> list[dict]
     for varied, values in GROWTH.items():
         medians, ratios = {"textbook": [], "ours": []}, []
         for value in values:
-            with pair({"space": space} | BASE | {varied: value}, device, kept) as players:
-                result = race(players, WORKS[:2], rounds)
+            sizes = {"space": space} | BASE | {varied: value}
+            with playing(("textbook", "ours"), sizes, device, kept) as players:
+                result = chosen(race(players, WORKS[:2], rounds), torch.get_num_threads())
             ratios.append(result["textbook_over_ours"]["iteration"])
             for name, of in medians.items():
                 of.append(result["seconds"][name]["iteration"]["median"])
@@ -116,13 +133,14 @@ def exponent(x: tuple[int, ...], y: list[float]) -> float:
 
 
 def report(result: dict) -> str:
-    lines = [f"{name}: {value['median']:.2f} times the textbook's speed (quartiles {value['quartiles'][0]:.2f} to "
-             f"{value['quartiles'][1]:.2f})" for name, value in result["textbook_over_ours"].items()]
+    lines = [f"{work}: {value['median']:.2f} times the speed of {name} (quartiles {value['quartiles'][0]:.2f} to "
+             f"{value['quartiles'][1]:.2f})" for name in BASELINES
+             for work, value in result[f"{name}_over_ours"].items()]
     ours, baseline = result["peak_bytes"]["ours"], result["peak_bytes"]["textbook"]
     lines += [f"peak memory: {ours / 1e9:.2f} GB, {ours / baseline:.2f} of the textbook's"]
     if "operator_calls" not in result:
         iteration = result["seconds"]["ours"]["iteration"]["median"]
-        return "\n".join(f"  {line}" for line in [*lines, f"an iteration, one graph: {1e3 * iteration:.1f} ms"])
+        return "\n".join(f"  {line}" for line in [*lines, f"an iteration: {1e3 * iteration:.1f} ms"])
     calls = {name: of["architect"] for name, of in result["operator_calls"].items()}
     lines += [f"operator calls of an architect step: {calls['ours']}, {calls['ours'] / calls['textbook']:.2f} of the "
               "textbook's", f"share of the matmul peak: {result['share_of_matmul_peak']['ours']:.0%} (textbook "
@@ -139,6 +157,7 @@ def main() -> None:
     parser.add_argument("--spaces", nargs="+", default=["cnn_space1"])
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--growth", action="store_true")
+    parser.add_argument("--times_only", action="store_true")
     parser.add_argument("--keep_freed_memory", choices=["ours", "both", "none"], default="ours",
                         help="who keeps it, as all scripts of ours do (conas/memory.py; default: ours)")
     options = parser.parse_args()
@@ -169,7 +188,8 @@ def main() -> None:
                 threads = f"{options.threads} thread{'s' * (options.threads > 1)}"
                 title = (f"{space}, {options.channels} channels, {options.layers} cells, batch {batch_size}, {threads}"
                          f"{'' if kept == 'ours' else f', freed memory kept by {kept}'}")
-                results["settings"][title] = about | sizes | compare(sizes, options.rounds, device, kept)
+                found = compare(sizes, options.rounds, device, kept, options.times_only)
+                results["settings"][title] = about | sizes | found
                 print(f"{title}\n{report(results['settings'][title])}", flush=True)
                 write(path.stem, results)  # now: the next setting may take too long, or too much memory
     figure = draw(results, "search_step" if device.type == "cpu" else f"search_step-{device.type}")

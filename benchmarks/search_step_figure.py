@@ -25,15 +25,21 @@ def draw(results: dict, name: str) -> Path:
                            "Description": "Speed against a textbook implementation, and growth of the time"})
 
 
+def _over_stronger(result: dict) -> dict:
+    """The ratios to the faster form of the textbook, of those that were measured."""
+    return min((result[name] for name in ("textbook_over_ours", "channels_last_over_ours") if name in result),
+               key=lambda of: of["iteration"]["median"])
+
+
 def _bars(axes, settings: dict) -> None:
     height = 0.8 / len(WORKS)
     for i, (work, label) in enumerate(WORKS.items()):
-        values = [result["textbook_over_ours"][work] for result in settings.values()]
+        values = [_over_stronger(result)[work] for result in settings.values()]
         medians = [value["median"] for value in values]
         errors = [[abs(value["quartiles"][side] - value["median"]) for value in values] for side in (0, 1)]
         at = [row + (i - 1.5) * height for row in range(len(values))]
         axes.barh(at, medians, height, xerr=errors, color=COLOURS[i], label=label, error_kw={"ecolor": INK, "lw": 1})
-    axes.set(title="Speed against the textbook's", xlabel="times as fast (median, quartiles)")
+    axes.set(title="Speed against the textbook's faster form", xlabel="times as fast (median, quartiles)")
     axes.set_yticks(range(len(settings)), [title.replace("cnn_", "") for title in settings])
     axes.invert_yaxis()
     axes.axvline(1, color=INK, linewidth=0.8)

@@ -1,6 +1,6 @@
 """Tables of docs/ as Markdown, out of benchmarks/results/*.json.
 
-    python -m benchmarks.table                        # what python -m benchmarks.search_step measured
+    python -m benchmarks.table                        # what python -m benchmarks.search_step measured by the wall clock
     python -m benchmarks.table --of study             # what python -m ensemble.study report found
     python -m benchmarks.table --of against           # what python -m benchmarks.against 662cc92 measured
 
@@ -22,6 +22,7 @@ def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def search_step() -> str:
     """Speed, memory and operator calls of the search step, a row for each setting: medians (quartiles)."""
     settings = json.loads((RESULTS / "search_step-cpu.json").read_text(encoding="utf-8"))["settings"]
+    settings = {title: of for title, of in settings.items() if of.get("clock", "wall") == "wall"}
     rows = []
     for of in sorted(settings.values(), key=lambda of: (of["batch_size"], of["space"])):
         ratios = {name: f"{value['median']:.2f} ({value['quartiles'][0]:.2f} to {value['quartiles'][1]:.2f})"

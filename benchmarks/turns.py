@@ -20,7 +20,7 @@ from conas.memory import keep_freed_memory
 
 
 class Player:
-    """`name`, "textbook" or "ours", of these sizes (those of Contestant), on this device.
+    """`name`, that of a Contestant, of these sizes (those of Contestant), on this device.
 
     `works` are the names of what can be asked for. `peak_bytes` is how much some iterations took of memory above what
     all imports take: of the device, or resident on the CPU. Among these iterations is the recording of a graph.
@@ -33,8 +33,8 @@ class Player:
                                          stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.works, self.peak_bytes = self._answer()
 
-    def ask(self, measure: str, work: str) -> float:
-        """Seconds, operator_calls or flops of a piece of work, which is done once."""
+    def ask(self, measure: str, work: str):
+        """Seconds, operator_calls or flops of a piece of work, which is done once; of clocks, seconds by each."""
         with suppress(BrokenPipeError):  # of a process that has ended since: there is no answer, which says so
             print(measure, work, file=self._process.stdin, flush=True)
         return self._answer()
@@ -73,6 +73,18 @@ def stopwatch(device: torch.device) -> Callable[[Callable[[], object]], float]:
     return on_cuda if device.type == "cuda" else on_cpu
 
 
+def clocks(device: torch.device) -> Callable[[Callable[[], object]], dict[str, float]]:
+    """A function that gives the seconds a work takes by the wall clock and, on a CPU, of processor time."""
+    wall = stopwatch(device)
+
+    def both(work):
+        began = time.process_time()
+        found = {"wall": wall(work)}
+        return found if device.type == "cuda" else found | {"processor": time.process_time() - began}
+
+    return both
+
+
 def main() -> None:
     settings = json.loads(sys.argv[1])
     device = torch.device(settings["device"])
@@ -88,7 +100,8 @@ def main() -> None:
         works["graph"] = contestant.graph
         works["evaluation"]()  # the second of which records a graph
         works["evaluation"]()
-    measures = {"seconds": stopwatch(device), "operator_calls": operator_calls, "flops": flops}
+    measures = {"seconds": stopwatch(device), "clocks": clocks(device), "operator_calls": operator_calls,
+                "flops": flops}
     print(json.dumps([list(works), peak]), flush=True)
     for line in sys.stdin:
         measure, work = line.split()

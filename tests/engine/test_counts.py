@@ -28,6 +28,20 @@ def test_depthwise_backward_counts_as_its_three_convolutions():
     assert flops(lambda: conv2d(x, weight, padding=1, groups=6).sum().backward()) == 3 * once
 
 
+def test_the_textbook_in_channels_last_computes_the_same_in_that_format():
+    gradients, formats = {}, {}
+    for name in "textbook", "channels_last":
+        contestant = Contestant(name, "cnn_space2", 2, 3, 2, dtype=torch.float64, image_size=16)
+        found = formats[name] = set()
+        for module in contestant.network.modules():
+            if type(module) is torch.nn.Conv2d:
+                module.register_forward_hook(lambda _, inputs, y, found=found: found.add(
+                    y.is_contiguous(memory_format=torch.channels_last) and not y.is_contiguous()))
+        gradients[name] = contestant.hypergradient()
+    torch.testing.assert_close(gradients["channels_last"], gradients["textbook"], rtol=1e-9, atol=1e-12)
+    assert formats == {"textbook": {False}, "channels_last": {True}}
+
+
 def test_a_player_does_what_a_contestant_of_this_process_does_and_says_so_if_it_cannot():
     sizes = {"space": "cnn_space2", "channels": 2, "layers": 3, "batch_size": 2, "eval_batch": 2}
     here = Contestant("ours", **sizes)
@@ -35,6 +49,7 @@ def test_a_player_does_what_a_contestant_of_this_process_does_and_says_so_if_it_
     with Player("ours", sizes, torch.device("cpu"), 1, True) as player:
         assert player.ask("operator_calls", "evaluation") == operator_calls(here.works["evaluation"])
         assert 0 < player.ask("seconds", "weights") < 60 and player.peak_bytes > 0
+        assert all(0 < seconds < 60 for seconds in player.ask("clocks", "weights").values())
         for _ in range(2):  # while it is asked, and after
             with pytest.raises(SystemExit, match="ours: its process ended"):
                 player.ask("seconds", "nothing of the kind")
