@@ -3,6 +3,7 @@
     python -m benchmarks.table                        # what python -m benchmarks.search_step measured by the wall clock
     python -m benchmarks.table --of study             # what python -m ensemble.study report found
     python -m benchmarks.table --of against           # what python -m benchmarks.against 662cc92 measured
+    python -m benchmarks.table --of collapse          # the searches of space S2 in docs/health.md
 
 A test holds that the tables of docs/ are what this prints.
 """
@@ -10,6 +11,7 @@ import argparse
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from statistics import fmean
 
 RESULTS = Path(__file__).resolve().parent / "results"
 
@@ -78,7 +80,28 @@ def against() -> str:
     return markdown(head, rows)
 
 
-TABLES = {"search_step": search_step, "study": study, "against": against}
+def collapse() -> str:
+    """Searches of space S2 and the networks that were trained from their cells: a row for each."""
+    folder = RESULTS / "collapse"
+    tests = json.loads((folder / "committee-s2-train" / "committee.json").read_text(encoding="utf-8"))
+    errors = {member["name"].split()[0].rpartition("train-")[2]: 100 - member["top1"]
+              for member in tests["epochs"][-1]["members"]}
+    rows = []
+    for search in folder.glob("cnn_space4/search-*"):
+        flags = json.loads((search / "args.json").read_text(encoding="utf-8"))
+        epochs = [json.loads(line) for line in (search / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        curvature = [fmean(epoch["curvature"] for epoch in part) for part in (epochs[:4], epochs[-4:])]
+        rows.append([f"{flags['arch_learning_rate']:g}", f"{flags['weight_decay']:g}", str(flags["seed"]),
+                     str(epochs[-1]["skips"]), str(max(epoch["skips"] for epoch in epochs)),
+                     f"{curvature[0]:.2f}", f"{curvature[1]:.2f}", f"{curvature[1] / curvature[0]:.1f}",
+                     f"{epochs[-1]['entropy_normal']:.3f}", f"{epochs[-1]['valid_top1']:.1f}",
+                     f"{errors[search.name.removeprefix('search-')]:.2f}"])
+    head = ["rate of the alphas", "weight decay", "seed", "skips at the end", "most skips", "curvature, epochs 0 to 3",
+            "curvature, last four", "growth", "entropy", "supernet's top-1 %", "retrained network's error %"]
+    return markdown(head, sorted(rows))
+
+
+TABLES = {"search_step": search_step, "study": study, "against": against, "collapse": collapse}
 
 
 def main() -> None:
