@@ -23,7 +23,9 @@ def export_program(network: PlainCommittee, shape: tuple[int, int, int], *, dtyp
     It takes `batch` images, or else any number, of at most `max_batch`. Raises InputError for a network, such as one
     with a space's own operations, that cannot be traced.
     """
-    example = torch.zeros(batch or 2, *shape, dtype=dtype)  # no image of anybody goes into the file
+    # no image of anybody goes into the file; as many as it may take, since ExecuTorch traces with the example's number
+    # again, and took 15 as the limit where that was 2
+    example = torch.zeros(batch or max_batch or 2, *shape, dtype=dtype)
     sizes = None if batch else ({0: torch.export.Dim("batch", max=max_batch) if max_batch else
                                  torch.export.Dim("batch")},)
     with torch.no_grad(), warnings.catch_warnings():

@@ -12,6 +12,7 @@ from conas.darts.supernet import MixedOp, SearchCell, Supernet
 from ensemble.combine.committee import COMBINATIONS
 from ensemble.combine.network import CommitteeNetwork
 from ensemble.deploy.committee import PlainCommittee
+from ensemble.deploy.files import export_program
 from ensemble.deploy.plain import Halving, OwnCell, PlainCell, plain
 from tests.conftest import ROOT
 
@@ -151,3 +152,15 @@ def test_halving_is_one_convolution():
 def test_the_engine_is_no_part_of_an_export():
     for file in (ROOT / "ensemble" / "deploy").glob("*.py"):
         assert "conas.engine" not in file.read_text(encoding="utf-8")
+
+
+@torch.no_grad()
+def test_a_bounded_program_is_traced_at_its_bound(pair):
+    """ExecuTorch traces again, and takes what it finds of the size of the example as the limit: 15 where that is 2."""
+    committee = PlainCommittee(pair[1])
+    program = export_program(committee, (3, 12, 12), max_batch=20)
+    size = next(node for node in program.graph.nodes if node.name == "images").meta["val"].shape[0]
+    assert size.node.hint == 20
+    for batch in 1, 7, 20:
+        images = torch.randint(256, (batch, 3, 12, 12), dtype=torch.uint8)
+        torch.testing.assert_close(program.module()(images), committee(images), atol=1e-5, rtol=0)
