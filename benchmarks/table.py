@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 
+from conas.health.series import Series
+
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
@@ -95,9 +97,11 @@ def collapse() -> str:
                      str(epochs[-1]["skips"]), str(max(epoch["skips"] for epoch in epochs)),
                      f"{curvature[0]:.2f}", f"{curvature[1]:.2f}", f"{curvature[1] / curvature[0]:.1f}",
                      f"{epochs[-1]['entropy_normal']:.3f}", f"{epochs[-1]['valid_top1']:.1f}",
-                     f"{errors[search.name.removeprefix('search-')]:.2f}"])
+                     f"{errors[search.name.removeprefix('search-')]:.2f}",
+                     Series([epoch["skips"] for epoch in epochs],
+                            {epoch["epoch"]: epoch["curvature"] for epoch in epochs}, len(epochs)).verdict()])
     head = ["rate of the alphas", "weight decay", "seed", "skips at the end", "most skips", "curvature, epochs 0 to 3",
-            "curvature, last four", "growth", "entropy", "supernet's top-1 %", "retrained network's error %"]
+            "curvature, last four", "growth", "entropy", "supernet's top-1 %", "retrained network's error %", "rule"]
     return markdown(head, sorted(rows))
 
 
