@@ -82,9 +82,10 @@ def assert_as_expected(space: Path, stage: str) -> None:
 @pytest.mark.parametrize("stage", ["search", "train"])
 def test_checkpoints_are_tested_as_before(space, stage, capsys):
     run = space / f"{stage}-old"
-    before, table = load_scores(run / "probabilities" / "epoch_000.npz"), (run / "test_all.csv").read_text()
-    test_all(space, stage)
-    assert (run / "test_all.csv").read_text() == table  # from the stored logits
+    before, table = load_scores(run / "probabilities" / "epoch_000.npz"), rows(run / "test_all.csv")
+    assert len(table) == 1
+    for row, then in zip(test_all(space, stage), table, strict=True):  # from the stored logits
+        assert row == pytest.approx(then, rel=1e-12)  # the last digit of a loss differs between processors
     shutil.rmtree(run / "probabilities")
     test_all(space, stage)
     again = load_scores(run / "probabilities" / "epoch_000.npz")
