@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from conas import distributed
 from conas.errors import InputError
-from conas.files import read_json, write_json
-from conas.runs.folder import begun_with
+from conas.files import write_json
+from conas.runs.folder import begun_with, read_record
 from conas.runs.progress import snapshot
 
 if TYPE_CHECKING:
@@ -35,11 +35,7 @@ def asked(flag: str, folder: Path) -> bool | None:
         path = folder / "args.json"
         if not path.exists():
             return None
-        try:
-            found = read_json(path).get(RECORD)
-        except (OSError, ValueError, AttributeError) as error:
-            raise InputError(f"{path}: damaged; delete it, if you know that the run's arguments are the same"
-                             ) from error
+        found = read_record(folder).get(RECORD)
         if type(found) not in (bool, type(None)):
             raise InputError(f"{path}: damaged; its {RECORD!r} is neither true nor false")
         return found
@@ -59,7 +55,7 @@ def settled(run: "TrainRun", left: int) -> bool:
         compiled, why = choose(run, left)
     run.log(f"--compile auto: {why}")
     path = run.folder / "args.json"
-    if distributed.rank() == 0 and (content := read_json(path)).get(RECORD) is not compiled:
+    if distributed.rank() == 0 and (content := read_record(run.folder)).get(RECORD) is not compiled:
         write_json(path, content | {RECORD: compiled})
     return compiled
 

@@ -155,18 +155,29 @@ def predates(folder: Path, flag: str) -> bool:
     return (folder / "args.json").exists() and flag not in _stored_arguments(folder)
 
 
-def _stored_arguments(folder: Path) -> dict:
+def read_record(folder: Path) -> dict:
+    """What the args.json of the run in `folder` holds. Raises InputError if there is none or it is damaged."""
     path = folder / "args.json"
     try:
-        arguments = read_json(path)["arguments"]
+        return {**read_json(path)}
     except FileNotFoundError as error:
         raise InputError(f"{folder}: no such run; start {_script(folder)} there first, or name another "
                          "with --save") from error
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise InputError(f"{path}: damaged; delete it, if you know that the run's arguments are the same") from error
-    if not isinstance(arguments, dict):
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(_damaged(path)) from error
+
+
+def _damaged(path: Path) -> str:
+    return f"{path}: damaged; delete it, if you know that the run's arguments are the same"
+
+
+def _stored_arguments(folder: Path) -> dict:
+    path, record = folder / "args.json", read_record(folder)
+    if "arguments" not in record:
+        raise InputError(_damaged(path))
+    if not isinstance(record["arguments"], dict):
         raise InputError(f"{path}: damaged; its arguments are not an object")
-    return arguments
+    return record["arguments"]
 
 
 def suffixes_of(folder: Path) -> list[str]:
