@@ -122,6 +122,9 @@ def draw_searches(arguments: Sequence[str], out: str) -> None:
             raise InputError(f"{argument}: curves are of searches, and this is no folder; name only searches, or only "
                              "cells")
         searches.append((name, Path(folder)))
+    if not out.lower().endswith((".svg", ".png")):
+        raise InputError(f"{searches[0][1]}: is a folder, and a search's curves are one picture, written as .svg or "
+                         f".png and not {out}; for its cells name its genotype.json")
     try:
         print(draw_health(searches, out))
     except OSError as error:

@@ -9,9 +9,11 @@ the forms below. A form that would lose something of the cell is not written.
 import argparse
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from conas.cli import Parser, run
 from conas.darts.published import GENOTYPES
+from conas.errors import InputError
 from conas.exchange.cells import FORMS, find_cell
 from conas.files import check_writable, write_text
 
@@ -31,6 +33,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         check_writable(values.out)
     cell, form = find_cell(values.cell, GENOTYPES, "", None), FORMS[values.to]
     text = form.write(cell.genotype)
+    if values.out is not None and Path(values.out).suffix in (".json", ".yaml", ".yml") and text[0] not in "[{":
+        raise InputError(f"--out {values.out}: --to {form.name} is written as Python has it; name a .py or .txt, or "
+                         "give --to json")
     print(f"read: {cell.origin}" + (f"; {form.note}" if form.note else ""), file=sys.stderr)
     if values.out is None:
         print(text)

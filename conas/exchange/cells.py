@@ -57,7 +57,7 @@ def find_cell(name: str, named: Mapping[str, object], flag: str = "--arch ",
     if re.search(r"[(\[{]", name):
         return _only(source.values_in(name, where), "", where, operations, "text")
     file, part = (name, "") if os.path.isfile(name) or ":" not in name else name.rsplit(":", 1)
-    if os.path.isfile(file) or re.search(r"\.\w{1,5}$", file):
+    if os.path.exists(file) or re.search(r"\.\w{1,5}$", file):
         return _only(_values_of(file, where), part, where, operations, Path(file).name)
     by_lower = {known.lower(): known for known in named}
     near = [by_lower[known] for known in difflib.get_close_matches(own.lower(), by_lower, 2, 0.5)] or sorted(named)
@@ -68,7 +68,7 @@ def find_cell(name: str, named: Mapping[str, object], flag: str = "--arch ",
 def _values_of(file: str, where: str) -> dict[str, object]:
     try:
         check_regular(file)
-        text = Path(file).read_text(encoding="utf-8")
+        text = Path(file).read_text(encoding="utf-8-sig")  # with the mark that Windows begins files with, or without
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: is no text; cells are read from Python source, JSON, YAML and logs, never from "
                          "pickles") from error
@@ -80,6 +80,7 @@ def _values_of(file: str, where: str) -> dict[str, object]:
 
 def _only(values: dict[str, object], name: str, where: str, operations: Collection[str] | None, there: str) -> Cell:
     """The cell called `name` among the values of a file or text, or the only one that it has."""
+    values = _one_level(values)
     cells = {key: made for key, value in values.items() if form_of(made := plain(value))}
     if name:
         if name not in values:
@@ -97,11 +98,24 @@ def _only(values: dict[str, object], name: str, where: str, operations: Collecti
     return _read(values[key], where, operations, f"{key} in {there}" if key else there)
 
 
+def _one_level(values: dict[str, object]) -> dict[str, object]:
+    """The values, with its cells by name in place of a dict that holds some."""
+    made: dict[str, object] = {}
+    for name, value in values.items():
+        inner = value if isinstance(value, dict) and not form_of(plain(value)) else {}
+        made |= {key: item for key, item in inner.items() if form_of(plain(item))} or {name: value}
+    return made
+
+
 def _read(value: object, where: str, operations: Collection[str] | None, there: str) -> Cell:
     made = plain(value)
     form = form_of(made)
     if form is None:
-        genotypes.from_object(value, where, operations)  # which says what it is, and what is expected
+        try:
+            genotypes.from_object(value, where, operations)
+        except InputError as error:  # which says what it is, and what is expected
+            raise InputError(f"{error}, or another form of those that `python -m conas.exchange --help` lists"
+                             ) from error
         raise InputError(f"{where}: is in no form that is known; `python -m conas.exchange --help` lists them")
     return Cell(genotypes.from_json(form.read(made, where), where, operations), f"{there}: {form.title}")
 

@@ -9,7 +9,7 @@ from conas.darts.published import GENOTYPES, SOURCES
 from conas.draw import cell as draw
 from conas.errors import InputError
 from conas.exchange.__main__ import main
-from conas.exchange.cells import find_cell
+from conas.exchange.cells import FORMS, find_cell
 from tests.conftest import ROOT
 from tests.helpers.launch import start
 
@@ -97,11 +97,40 @@ def test_pickles_and_unreadable_files(tmp_path, monkeypatch):
     (tmp_path / "big.py").write_text("x = 1\n" * 200_000)
     (tmp_path / "twice.json").write_text('{"normal": 1, "normal": 2}')
     for name, words in (("cell.pkl", "never from pickles"), ("big.py", "1200000 characters"),
-                        ("none.py", "No such file"), ("none.py:x", "No such file"), (".", "unknown"),
+                        ("none.py", "No such file"), ("none.py:x", "No such file"), (".", "is a folder"),
+                        ("./..:x", "is a folder"),
                         ("twice.json", "the same key twice"),
                         ("x" * 5000, "unknown; did you mean"), ("a\0b", "unknown")):
         with pytest.raises(InputError, match=words):
             find_cell(name, GENOTYPES)
+
+
+def test_a_dict_of_cells_is_cells_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells = {"one": to_json(V1), "two": to_json(V2), "year": 2019}
+    (tmp_path / "cells.json").write_text(json.dumps(cells))
+    (tmp_path / "cells.py").write_text(f"CELLS = {cells}\nthree = {V1}")
+    for file in ("cells.json", "cells.py"):
+        assert find_cell(f"{file}:two", {}) == (V2, f"two in {file}: the four fields of DARTS")
+        with pytest.raises(InputError, match=rf"has 2 cells, one, two; name one, as {file}:two"):
+            find_cell(file, {})
+    with pytest.raises(InputError, match="has no cell called year; it has one, two"):
+        find_cell("cells.json:year", {})
+    assert find_cell("cells.py:three", {}).genotype == V1
+
+
+@pytest.mark.parametrize("text", [str(V1), json.dumps(to_json(V1)), f"cell = {V1}", f"2019 genotype = {V1}"])
+def test_files_of_windows_begin_with_a_mark(text, tmp_path):
+    path = tmp_path / "cell.txt"
+    path.write_bytes(f"{text}\r\n".encode("utf-8-sig"))
+    assert find_cell(str(path), {}).genotype == V1
+
+
+def test_an_unknown_form_is_refused_with_where_the_known_ones_are_listed():
+    for text in ('{"layers": [1, 2]}', "[1, 2]", "Net(cells=3)"):
+        with pytest.raises(InputError, match=r"expected is one with the 4 fields .* or another form of those that "
+                                             r"`python -m conas\.exchange --help` lists$"):
+            find_cell(text, {})
 
 
 def test_the_command(tmp_path, capsys):
@@ -116,9 +145,25 @@ def test_the_command(tmp_path, capsys):
     assert not (tmp_path / "no.json").exists()
 
 
+@pytest.mark.parametrize("suffix", [".json", ".yaml", ".py", ".txt", ".log", ""])
+@pytest.mark.parametrize("form", [name for name, form in FORMS.items() if form.write])
+def test_what_is_written_is_read_again_or_is_not_written(form, suffix, tmp_path):
+    path = tmp_path / f"cell{suffix}"
+    if suffix in (".json", ".yaml") and form in ("genotype", "pt.darts", "autodl"):
+        with pytest.raises(InputError, match=rf"--out .*{suffix}: --to {form} is written as Python has it; name"):
+            main(["PDARTS", "--to", form, "--out", str(path)])
+        assert not path.exists()
+    else:
+        main(["PDARTS", "--to", form, "--out", str(path)])
+        assert find_cell(str(path), {}).genotype == GENOTYPES["PDARTS"]
+
+
 def test_drawing_takes_any_form(file, tmp_path, capsys):
     draw.main([f"{file}:one", "DARTS_V2", str(V1), "--out", str(tmp_path / "out")])
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["DARTS_V2", "cell", "one"]
     pictures = [(tmp_path / "out" / name / "normal.svg").read_bytes() for name in ("one", "cell", "DARTS_V2")]
     assert pictures[0] == pictures[1] != pictures[2]
     assert "one: one in genotypes.py: the four fields of DARTS\n" in capsys.readouterr().err
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(InputError, match=r"folder\.json: is a folder, .* for its cells name its genotype\.json"):
+        draw.main([str(tmp_path / "folder.json"), "--out", str(tmp_path / "out")])
