@@ -13,7 +13,7 @@ from conas.darts.primitives import KINDS, NODES, Primitives, edge_number
 from conas.darts.published import named_genotypes  # noqa: F401  also for those who import it here
 from conas.darts.space import Space
 from conas.data.images import DATASETS, DataInfo
-from conas.errors import InputError
+from conas.errors import InputError, one_line
 from conas.exchange.cells import find_cell, find_genotype  # noqa: F401  also for those who import it here
 from conas.runs import checkpoint as checkpoints
 from conas.runs.folder import folder_name
@@ -76,7 +76,8 @@ def choose_cells(space: Space, primitives: Sequence[str], named: Mapping[str, ob
     """The cells to train, and where they come from in words. Raises InputError for those that may not be trained."""
     there = pretrained.genotype if pretrained else None
     if shape.arch is not None:
-        (genotype, read_from), where = find_cell(shape.arch, named, operations=space.operations), f"--arch {shape.arch}"
+        genotype, read_from = find_cell(shape.arch, named, operations=space.operations)
+        where = f"--arch {one_line(shape.arch, 200)}"
         if there is not None and genotypes.to_json(there) != genotypes.to_json(genotype):
             raise InputError(f"--init_from {pretrained.path}: was trained with other cells than {where}; without "
                              "--arch, its own are taken")

@@ -10,7 +10,7 @@ from conas.darts.genotype import Genotype
 from conas.darts.primitives import KINDS, NODES, edge_number
 from conas.darts.space import Space
 from conas.darts.supernet import Supernet
-from conas.errors import InputError
+from conas.errors import InputError, one_line
 from conas.exchange.cells import find_cell
 from conas.runs.options import AlphaOptions
 
@@ -43,7 +43,7 @@ def initial_cell(space: Space, options: AlphaOptions, before: Mapping[str, objec
     if flag is None:
         options = replace(options, init_arch=before.get("init_arch"))
     cells = find_cell(text, {}, "--init_arch ", space.operations).genotype
-    return options, cells, f"{options.init_arch} ({words})"
+    return options, cells, f"{one_line(options.init_arch, 200)} ({words})"
 
 
 def lean(network: Supernet, cells: Genotype, share: float) -> None:

@@ -145,11 +145,20 @@ def open_published(path: str | Path, content: object, published: Published, opti
     try:
         network.load_state_dict(state)
     except RuntimeError as error:
-        raise InputError(f"{path}: its tensors do not fit --arch {options.arch} with {C} channels and {layers} cells, "
-                         f"{'with' if options.auxiliary else 'without'} an auxiliary head; change --arch, "
-                         "--init_channels, --layers or --auxiliary "
+        raise InputError(f"{path}: its tensors do not fit --arch {one_line(options.arch, 80)} with {C} channels and "
+                         f"{layers} cells, {'with' if options.auxiliary else 'without'} an auxiliary head; change "
+                         "--arch, --init_channels, --layers or --auxiliary "
                          f"({wrappers.differences(state, network.state_dict())})") from error
     return network, images, crop
+
+
+def check_cells(path: Path, network: DerivedNetwork, name: str, named: Mapping[str, object]) -> None:
+    """Raise InputError if --arch was given and means other cells than those of a network whose file describes it."""
+    if name != PublishedOptions.arch:
+        cells = find_cell(name, named, operations=None).genotype
+        if genotypes.to_json(cells) != genotypes.to_json(network.genotype()):
+            raise InputError(f"--arch {one_line(name, 80)}: {path} is a network of other cells, which it describes; "
+                             "leave --arch out")
 
 
 def main(folder: Path, network_class: type[Supernet] | None, description: str, published: Published | None = None,
@@ -182,6 +191,8 @@ def main(folder: Path, network_class: type[Supernet] | None, description: str, p
         network = checkpoints.restore(path, checkpoint, space.name, network_class, own_operations, folder)
         crop = checkpoint["dataset"].get("crop")
         images = load_images(path, checkpoint["dataset"], options.data, "test", options.skip_bad_images)
+        if published:
+            check_cells(path, network, published_options[0].arch, arch.named_genotypes(module) if module else GENOTYPES)
         print(f"{path}: {space.name}, stage {checkpoint['stage']}, epoch {checkpoint['epoch']}")
     print(f"{full_name(images.info.name)}: {len(images)} test images, {images.info.num_classes} classes")
     figures = measure(network, images, options, crop)

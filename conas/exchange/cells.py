@@ -13,7 +13,7 @@ from conas.darts import genotype as genotypes
 from conas.darts.genotype import Genotype, Misfit
 from conas.darts.operations import OPERATIONS
 from conas.darts.published import GENOTYPES, ROOT, SOURCES, named_genotypes
-from conas.errors import InputError
+from conas.errors import InputError, one_line
 from conas.exchange import archai, compact, genotype, grouped, nasbench301, nni, source
 from conas.exchange.form import FIELDS, Form
 from conas.files import check_regular
@@ -44,7 +44,7 @@ def find_cell(name: str, named: Mapping[str, object], flag: str = "--arch ",
     several cells, FILE:NAME, else the text of a cell. Raises InputError, which begins with `flag` and the name, for all
     else, and for operations that are not among `operations`; None stands for any.
     """
-    where = f"{flag}{name if len(name) <= 200 else name[:80] + ' ...'}"
+    where = f"{flag}{one_line(name, 200)}"
     if name in named:
         if name in SOURCES and named[name] is GENOTYPES[name]:
             return Cell(genotypes.check(GENOTYPES[name], where, operations), SOURCES[name])

@@ -6,11 +6,15 @@ import pytest
 import torch
 
 from conas.commands import search
-from conas.commands.init_arch import lean
-from conas.darts.genotype import Genotype
+from conas.commands.cells import choose_cells
+from conas.commands.init_arch import initial_cell, lean
+from conas.darts.genotype import Genotype, to_json
 from conas.darts.published import GENOTYPES
+from conas.darts.space import Space
 from conas.errors import InputError
 from conas.runs.checkpoint import load
+from conas.runs.options import AlphaOptions, NetworkOptions
+from tests.conftest import ROOT
 from tests.helpers.searches import SMALL, no_pictures  # noqa: F401  a fixture
 
 SKIP = "skip_connect"
@@ -97,6 +101,16 @@ def test_a_run_goes_on_without_the_file(tmp_path, monkeypatch):
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert json.loads((cut / "args.json").read_text())["arguments"]["init_cell"] == str(CELL)
     run(tmp_path / "cut", *flags)  # with the flag, as it was
+
+
+def test_the_text_of_a_cell_is_said_in_one_line():
+    text = json.dumps(to_json(GENOTYPES["PDARTS"]), indent=1)
+    space = Space("cnn_space1", ROOT / "cnn_space1", import_module("cnn_space1.model_search").Network)
+    _, searched = initial_cell(space, AlphaOptions(init_arch=text), {})[1:]
+    found, trained = choose_cells(space, space.primitives, GENOTYPES, NetworkOptions(arch=text), None)
+    assert found == GENOTYPES["PDARTS"]
+    for words in (searched, trained):
+        assert "\n" not in words and len(words) < 300 and words.endswith(" (text: the four fields of DARTS)")
 
 
 @pytest.mark.parametrize("flags, words", [

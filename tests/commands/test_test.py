@@ -241,5 +241,7 @@ def test_the_baseline(trained, photographs, tmp_path):
     done = trained.run("cnn/train.py", "--dataset", "digits", "--subset", 100, "--init_channels", 2, "--layers", 3,
                        "--batch_size", 50, "--epochs", 1)
     assert done.returncode == 0, done.stderr
+    assert trained.run("cnn/test.py", "--arch", "DARTS_V2").returncode == 0
+    one_line_error(trained.run("cnn/test.py", "--arch", "PDARTS"), "--arch PDARTS", "best.pt", "of other cells")
     checkpoint = measure.checkpoints.load(trained.root / "cnn" / "train-EXP" / "checkpoints" / "best.pt")
     assert checkpoint["genotype"] == json.loads(json.dumps(genotypes.to_json(DARTS)))
