@@ -2,6 +2,7 @@
 
     python -m benchmarks.against 662cc92
     python -m benchmarks.against 662cc92 --spaces cnn_space2 --channels 8 --layers 5 --batch_size 64 --rounds 9
+    python -m benchmarks.against 662cc92 --evaluation --batch_size 256       # a batch of test_all.py
 
 Each side runs in a process of its own, on its own code: the commit is unpacked into a temporary folder. An iteration is
 an architect step and a weight step of second-order search on random images of 32x32 pixels in float32. With one thread
@@ -23,7 +24,7 @@ HERE = Path(__file__).resolve()
 
 
 def play(settings: dict) -> None:
-    """One side: takes an iteration for every line that comes in, and answers what it took."""
+    """One side: takes an iteration, or evaluates a batch, for every line that comes in, and answers what it took."""
     sys.path.insert(0, os.getcwd())
     import torch
 
@@ -33,12 +34,17 @@ def play(settings: dict) -> None:
     torch.set_num_threads(settings.pop("threads"))
     keep_freed_memory()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    contestant = Contestant("ours", **settings, eval_batch=2)
+    if settings.pop("evaluation"):
+        contestant = Contestant("ours", **settings | {"batch_size": 2, "eval_batch": settings["batch_size"]})
+        work = contestant.works["evaluation"]
+    else:
+        contestant = Contestant("ours", **settings, eval_batch=2)
+        work = contestant.iteration
     for _ in range(2):
-        contestant.iteration()
+        work()
     for _ in sys.stdin:
         wall, processor = time.perf_counter(), time.process_time()
-        contestant.iteration()
+        work()
         took = {"wall": time.perf_counter() - wall, "processor": time.process_time() - processor}
         peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         print(json.dumps(took | {"peak_bytes": peak}), flush=True)
@@ -52,7 +58,7 @@ class Side:
         self._process = subprocess.Popen([sys.executable, str(HERE), "--play", json.dumps(settings)], cwd=root,
                                          env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def iterate(self) -> dict:
+    def work(self) -> dict:
         self._process.stdin.write("\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
@@ -74,7 +80,7 @@ def compare(earlier: Path, settings: dict, rounds: int) -> dict:
     try:
         for turn in range(rounds):
             for name in list(sides)[::1 if turn % 2 else -1]:
-                taken[name].append(sides[name].iterate())
+                taken[name].append(sides[name].work())
     finally:
         for side in sides.values():
             side.close()
@@ -91,6 +97,7 @@ def main() -> None:
     parser.add_argument("--spaces", nargs="+", default=["cnn_space1", "cnn_space2", "cnn_space3"])
     for name, default in (("channels", 16), ("layers", 8), ("batch_size", 16), ("threads", 1), ("rounds", 9)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--evaluation", action="store_true", help="time a batch of test_all.py, not an iteration")
     options = parser.parse_args()
     import torch
 
@@ -104,8 +111,8 @@ def main() -> None:
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
         for space in options.spaces:
             settings = {"space": space, "channels": options.channels, "layers": options.layers,
-                        "batch_size": options.batch_size, "threads": options.threads}
-            title = (f"{space}, {options.channels} channels, {options.layers} cells, batch {options.batch_size}, "
+                        "batch_size": options.batch_size, "threads": options.threads, "evaluation": options.evaluation}
+            title = (f"{'evaluation of ' * options.evaluation}{space}, {options.channels} channels, {options.layers} cells, batch {options.batch_size}, "
                      f"{options.threads} thread{'s' * (options.threads > 1)}")
             busy = os.getloadavg()[0]
             found = compare(Path(folder), settings, options.rounds)
@@ -114,7 +121,7 @@ def main() -> None:
             ratio, peak = found["processor_ratio"], found["peak_bytes"]
             print(f"{title}: {ratio['median']:.2f} times the speed of {options.commit} in processor time (quartiles "
                   f"{ratio['quartiles'][0]:.2f} to {ratio['quartiles'][1]:.2f}), wall clock "
-                  f"{found['wall_ratio']['median']:.2f}; {found['processor']['now']['median']:.2f} s an iteration, "
+                  f"{found['wall_ratio']['median']:.2f}; {found['processor']['now']['median']:.2f} s a batch, "
                   f"peak {peak['now'] / 1e9:.2f} against {peak['earlier'] / 1e9:.2f} GB; load {busy:.1f}", flush=True)
 
 

@@ -1,6 +1,7 @@
 """Tables of docs/ as Markdown, out of benchmarks/results/*.json.
 
     python -m benchmarks.table                        # what python -m benchmarks.search_step measured by the wall clock
+    python -m benchmarks.table --of baselines         # the same by processor time, over both baselines
     python -m benchmarks.table --of study             # what python -m ensemble.study report found
     python -m benchmarks.table --of against           # what python -m benchmarks.against 662cc92 measured
     python -m benchmarks.table --of collapse          # the searches of space S2 in docs/health.md
@@ -46,6 +47,27 @@ def search_step() -> str:
     return "\n".join([*sorted(machines), "", markdown(head, rows)])
 
 
+def baselines() -> str:
+    """How many times as fast as either baseline, by processor time, a row for each setting: medians (quartiles)."""
+    settings = json.loads((RESULTS / "search_step-cpu.json").read_text(encoding="utf-8"))["settings"]
+    rows = []
+    for of in settings.values():
+        if "channels_last_over_ours" in of and of["clock"] == "processor":
+            ratios = [f"{value['median']:.2f} ({value['quartiles'][0]:.2f} to {value['quartiles'][1]:.2f})"
+                      for work in ("iteration", "evaluation")
+                      for value in (of[f"{name}_over_ours"][work] for name in ("channels_last", "textbook"))]
+            peak = of["peak_bytes"]
+            rows.append([of["space"].removeprefix("cnn_space"), str(of["channels"]), str(of["layers"]),
+                         str(of["batch_size"]), str(of["rounds"]), *ratios,
+                         f"{of['seconds']['ours']['iteration']['median']:.2f}",
+                         f"{peak['ours'] / 1e9:.2f} ({peak['ours'] / peak['textbook']:.2f})",
+                         f"{of['share_of_matmul_peak']['ours']:.0%}" if "share_of_matmul_peak" in of else ""])
+    head = ["space", "channels", "cells", "batch", "n", "iteration over channels_last", "over the textbook as it is",
+            "evaluation over channels_last", "over the textbook as it is", "seconds an iteration",
+            "peak GB (share of the textbook's)", "share of the matmul peak"]
+    return markdown(head, sorted(rows, key=lambda row: (int(row[1]), int(row[3]), row[0])))
+
+
 def study() -> str:
     """Committees of three spaces against committees of three seeds of one: means and 95 % intervals over seeds."""
     results = json.loads((RESULTS / "study-digits.json").read_text(encoding="utf-8"))
@@ -66,18 +88,19 @@ def study() -> str:
 
 
 def against() -> str:
-    """An iteration by compiled kernels against one by packed edges: medians (quartiles)."""
+    """An iteration, or a batch of test_all.py, by kernels in C and by packed edges: medians (quartiles)."""
     settings = json.loads((RESULTS / "against-662cc92.json").read_text(encoding="utf-8"))
     rows = []
     for of in settings.values():
         ratios = [f"{of[name]['median']:.2f} ({of[name]['quartiles'][0]:.2f} to {of[name]['quartiles'][1]:.2f})"
                   for name in ("processor_ratio", "wall_ratio")]
         peak = " / ".join(f"{of['peak_bytes'][who] / 1e9:.2f}" for who in ("earlier", "now"))
-        rows.append([of["space"].removeprefix("cnn_space"), str(of["channels"]), str(of["layers"]),
-                     str(of["batch_size"]), str(of["rounds"]), *ratios,
-                     f"{of['processor']['earlier']['median']:.1f} / {of['processor']['now']['median']:.1f}", peak,
+        rows.append(["evaluation" if of.get("evaluation") else "iteration", of["space"].removeprefix("cnn_space"),
+                     str(of["channels"]), str(of["layers"]), str(of["batch_size"]), str(of["rounds"]), *ratios,
+                     f"{of['processor']['earlier']['median']:.2f} / {of['processor']['now']['median']:.2f}", peak,
                      f"{of['load']:.1f}"])
-    head = ["space", "channels", "cells", "batch", "n", "speed, processor time", "speed, wall clock",
+    rows.sort(key=lambda row: (row[0] != "iteration", -int(row[2]), int(row[4]), row[1]))
+    head = ["what", "space", "channels", "cells", "batch", "n", "speed, processor time", "speed, wall clock",
             "processor seconds, earlier / now", "peak GB, earlier / now", "load of the machine"]
     return markdown(head, rows)
 
@@ -105,7 +128,7 @@ def collapse() -> str:
     return markdown(head, sorted(rows))
 
 
-TABLES = {"search_step": search_step, "study": study, "against": against, "collapse": collapse}
+TABLES = {"search_step": search_step, "baselines": baselines, "study": study, "against": against, "collapse": collapse}
 
 
 def main() -> None:
