@@ -112,8 +112,8 @@ def main() -> None:
         for space in options.spaces:
             settings = {"space": space, "channels": options.channels, "layers": options.layers,
                         "batch_size": options.batch_size, "threads": options.threads, "evaluation": options.evaluation}
-            title = (f"{'evaluation of ' * options.evaluation}{space}, {options.channels} channels, {options.layers} cells, batch {options.batch_size}, "
-                     f"{options.threads} thread{'s' * (options.threads > 1)}")
+            title = (f"{space}, {options.channels} channels, {options.layers} cells, batch {options.batch_size}, "
+                     f"{options.threads} thread{'s' * (options.threads > 1)}{', evaluation' * options.evaluation}")
             busy = os.getloadavg()[0]
             found = compare(Path(folder), settings, options.rounds)
             results[title] = machine(torch.device("cpu")) | settings | {"rounds": options.rounds, "load": busy} | found

@@ -36,10 +36,10 @@ def program(tmp_path_factory):
     except (loader.Unavailable, subprocess.CalledProcessError) as error:
         lines = str(getattr(error, "stderr", "") or error).strip().splitlines()
         pytest.skip(f"no sanitizer works here: {lines[0]}")
-    text = loader.SOURCE.read_text()
-    assert text.count(STORE) == 1
-    (folder / "kernels.c").write_text(text.replace(STORE, STORE.replace("at,", "at + planted,")))
-    (folder / "evaluate.c").write_text(loader.SOURCE.with_name("evaluate.c").read_text())
+    texts = {part.name: part.read_text() for part in loader.PARTS}
+    assert sum(text.count(STORE) for text in texts.values()) == 1
+    for name, text in texts.items():
+        (folder / name).write_text(text.replace(STORE, STORE.replace("at,", "at + planted,")))
     for native in loader.NATIVE:  # the first of these that the compiler takes, as for the kernels themselves
         try:
             sanitized(CASES, folder / "bounds", "-I", str(folder), *native)

@@ -19,72 +19,6 @@ struct step {
 };
 #endif
 
-/* y = init + z (P, I) w (I, ldw), of which `left` columns count; then ReLU, if `rectified`. */
-INLINE void NAME(mix_block)(REAL *y, int64_t ldy, const REAL *init, int64_t ldi, const REAL *z, int64_t ldz,
-                            const REAL *w, int64_t ldw, int64_t I, int64_t left, const int rectified, const int P,
-                            const int Q)
-{
-    V sum[BLOCK][2];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; p++)
-#pragma GCC unroll 2
-        for (int q = 0; q < Q; q++)
-            sum[p][q] = NAME(load)(init + p * ldi + q * L, left - q * L);
-    for (int64_t i = 0; i < I; i++) {
-#pragma GCC unroll 8
-        for (int p = 0; p < P; p++)
-#pragma GCC unroll 2
-            for (int q = 0; q < Q; q++)
-                sum[p][q] += READ(w + i * ldw + q * L) * z[p * ldz + i];
-    }
-#pragma GCC unroll 8
-    for (int p = 0; p < P; p++)
-#pragma GCC unroll 2
-        for (int q = 0; q < Q; q++)
-            NAME(store)(y + p * ldy + q * L, rectified ? NAME(relu)(sum[p][q]) : sum[p][q], left - q * L);
-}
-
-#define MIX(P, Q) NAME(mix_block)(y + p * ldy + o, ldy, init + p * ldi + o, ldi, z + p * ldz, ldz, w + o, UP(K), I, \
-                                  K - o, rectified, P, Q)
-INLINE void NAME(mix)(REAL *y, int64_t ldy, const REAL *init, int64_t ldi, const REAL *z, int64_t ldz, const REAL *w,
-                      int64_t P, int64_t I, int64_t K, const int rectified)
-{
-    for (int64_t o = 0; o < K; o += o + 2 * L <= K ? 2 * L : L) {
-        int64_t p = 0;
-        if (o + 2 * L <= K) {
-            for (; p + BLOCK <= P; p += BLOCK)
-                MIX(BLOCK, 2);
-            for (; p < P; p++)
-                MIX(1, 2);
-        } else {
-            for (; p + BLOCK <= P; p += BLOCK)
-                MIX(BLOCK, 1);
-            for (; p < P; p++)
-                MIX(1, 1);
-        }
-    }
-}
-
-/* Rows oy to oy + rows of z (OH, OW, C) = depthwise(xp), of an image with H rows and `inset` columns of zeros at both
-   sides, which are `width` numbers long. */
-static void NAME(depthwise)(REAL *z, const REAL *xp, int64_t H, int64_t width, int64_t inset, const REAL *dw,
-                            int64_t C, int64_t oy, int64_t rows, int64_t OW, int64_t k, int64_t s, int64_t d)
-{
-    int64_t pad = (k - 1) * d / 2;
-    for (int64_t r = oy; r < oy + rows; r++) {
-        const REAL *from[LARGEST], *ws[LARGEST];
-        int64_t taps = 0;
-        for (int64_t t = 0; t < k; t++) {
-            int64_t y = r * s + t * d - pad;
-            if (y >= 0 && y < H) {
-                from[taps] = xp + y * width + (inset - pad) * C;
-                ws[taps++] = dw + t * k * C;
-            }
-        }
-        NAME(convolve)(z + (r - oy) * OW * C, from, ws, taps, C, OW, k, s, d);
-    }
-}
-
 /* The larger of both; NaN wins. */
 INLINE V NAME(larger)(V a, V b)
 {
@@ -213,7 +147,7 @@ int NAME(evaluate)(const struct unit *u, const REAL *x, int64_t count, const str
                         while (done < MIN(u->OH, oy + now + (k - 1) * d / 2)) {
                             NAME(depthwise)(z, xp, u->H, width, inset, dw, C, done, 1, OW, k, u->stride, d);
                             NAME(mix)(half + done * width2 + halfway * C, C, weights + step->w[2], 0, z, C,
-                                      weights + step->w[1], OW, u->C, u->C, 1);
+                                      weights + step->w[1], OW, u->C, u->C, 1, 0);
                             done++;
                         }
                         NAME(depthwise)(z, half, u->OH, width2, halfway, weights + step->w[3], C, oy, now, OW, k, 1, d);
@@ -221,23 +155,14 @@ int NAME(evaluate)(const struct unit *u, const REAL *x, int64_t count, const str
                         NAME(depthwise)(z, xp, u->H, width, inset, dw, C, oy, now, OW, k, u->stride, d);
                     else if (step->kind == HALVES) {
                         I = ldz = 2 * u->C;
-                        for (int64_t r = oy; r < oy + now; r++)
-                            for (int64_t w = 0; w < OW; w++) {
-                                REAL *pixel = z + ((r - oy) * OW + w) * I;
-                                const REAL *even = xp + 2 * r * width + (2 * w + inset) * C;
-                                memcpy(pixel, even, u->C * sizeof(REAL));
-                                if (2 * r + 1 < u->H && 2 * w + 1 < u->W)
-                                    memcpy(pixel + u->C, even + width + C, u->C * sizeof(REAL));
-                                else
-                                    memset(pixel + u->C, 0, u->C * sizeof(REAL));
-                            }
+                        NAME(halves)(z, u, xp + inset * C, width, u->C, oy, now);
                     } else if (inset)
                         for (int64_t r = oy; r < oy + now; r++)
                             memcpy(z + (r - oy) * OW * C, xp + r * width + inset * C, OW * C * sizeof(REAL));
                     else
                         of = xp + oy * width;
                     REAL *into = to + oy * OW * ldy + step->to;
-                    NAME(mix)(into, ldy, into, ldy, of, ldz, pw, now * OW, I, u->K, 0);
+                    NAME(mix)(into, ldy, into, ldy, of, ldz, pw, now * OW, I, u->K, 0, 0);
                 }
             }
         }

@@ -1,4 +1,4 @@
-"""The kernels of kernels.c and evaluate.c as Python calls, by type and width."""
+"""The kernels of kernels.c, and of what it includes, as Python calls, by type and width."""
 import ctypes
 import os
 from collections.abc import Sequence

@@ -23,7 +23,7 @@ from conas.engine.native.library import Library
 from conas.engine.native.selfcheck import wrong_kernels
 
 SOURCE = Path(__file__).with_name("kernels.c")
-PARTS = SOURCE, SOURCE.with_name("evaluate.c")  # which it includes
+PARTS = sorted(SOURCE.parent.glob("*.c"))  # which it includes
 FLAGS = "-std=gnu11", "-O3", "-fPIC", "-shared", "-w"
 NATIVE = ("-march=native",), ("-mcpu=native",), ()  # the first of these that a compiler takes
 PATIENCE = 300  # seconds for a compiler
