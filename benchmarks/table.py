@@ -2,7 +2,8 @@
 
     python -m benchmarks.table                        # what python -m benchmarks.search_step measured by the wall clock
     python -m benchmarks.table --of baselines         # the same by processor time, over both baselines
-    python -m benchmarks.table --of study             # what python -m ensemble.study report found
+    python -m benchmarks.table --of study             # what python -m ensemble.study report found on the digits
+    python -m benchmarks.table --of study-cifar10     # and on CIFAR-10
     python -m benchmarks.table --of against           # what python -m benchmarks.against 662cc92 measured
     python -m benchmarks.table --of collapse          # the searches of space S2 in docs/health.md
 
@@ -11,6 +12,7 @@ A test holds that the tables of docs/ are what this prints.
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -68,9 +70,9 @@ def baselines() -> str:
     return markdown(head, sorted(rows, key=lambda row: (int(row[1]), int(row[3]), row[0])))
 
 
-def study() -> str:
+def study(name: str = "study-digits") -> str:
     """Committees of three spaces against committees of three seeds of one: means and 95 % intervals over seeds."""
-    results = json.loads((RESULTS / "study-digits.json").read_text(encoding="utf-8"))
+    results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     kinds = {"top1": 2, "loss": 3, "ece": 3, "disagreement": 2, "member_top1": 2}  # and decimals
 
     def shown(figures: dict, sign: str = "") -> list[str]:
@@ -128,7 +130,8 @@ def collapse() -> str:
     return markdown(head, sorted(rows))
 
 
-TABLES = {"search_step": search_step, "baselines": baselines, "study": study, "against": against, "collapse": collapse}
+TABLES = {"search_step": search_step, "baselines": baselines, "study": study,
+          "study-cifar10": partial(study, "study-cifar10"), "against": against, "collapse": collapse}
 
 
 def main() -> None:

@@ -38,15 +38,16 @@ def errors(batches: int) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(of) for name, of in found.items()}
 
 
-def test_float32_is_as_near_to_float64_as_the_textbook():
+@pytest.mark.parametrize("batches, more", [(8, 2), pytest.param(24, 5, marks=pytest.mark.slow)])
+def test_float32_is_as_near_to_float64_as_the_textbook(batches, more):
     """Both in rounding and in how often that crosses a kink of ReLU or max pooling, which costs a thousand times more.
 
     The mean hangs on these few: two dozen batches are enough to count them, but not for a mean. A dozen do not settle
-    the median: its ratio, 1.4 over 84 batches, is 1.5 for the first of them.
+    the median: its ratio, 1.4 over 84 batches and over the first 8, is 1.5 for the first dozen.
     """
-    found = errors(24)
+    found = errors(batches)
     assert found["ours"].median() <= 1.5 * found["textbook"].median(), found
-    assert (found["ours"] > KINK).sum() <= (found["textbook"] > KINK).sum() + 5, found
+    assert (found["ours"] > KINK).sum() <= (found["textbook"] > KINK).sum() + more, found
 
 
 def test_batch_norm_of_channels_last_maps_keeps_its_digits():
