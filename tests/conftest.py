@@ -1,4 +1,5 @@
 """Shared by all tests: one thread for each process, since the networks here are small, and a bare clone to run in."""
+import gc
 import os
 import shutil
 import subprocess
@@ -12,6 +13,8 @@ from tests.helpers.launch import start
 ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"  # for the scripts that the tests start
+# Thousands of tests keep millions of objects, which a collection goes through: by default a tenth of the suite's time.
+gc.set_threshold(20_000, 20, 50)
 
 
 class Clone:

@@ -4,8 +4,9 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
-from conas.engine.native import loader, selfcheck
+from conas.engine.native import library, loader, selfcheck
 from conas.engine.native.library import Table
 from conas.engine.native.loader import kernels, why_no_kernels
 from tests.conftest import ROOT
@@ -114,7 +115,7 @@ from conas.engine.native.functions import run_operation
 from conas.engine.native.loader import kernels
 from conas.engine.native.parts import read
 torch.set_num_threads(2)
-module, x = SepConv(4, 3, 1, False), torch.randn(4, 4, 8, 8)
+module, x = SepConv(8, 3, 1, False), torch.randn(32, 8, 16, 16)  # enough for two threads
 def run():
     return run_operation(kernels(), read(module), x, list(module.parameters()), True)
 before = run()
@@ -124,3 +125,13 @@ if not child:
 raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 """
     subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True, timeout=120)
+
+
+def test_small_maps_are_one_threads(monkeypatch):
+    """A second thread would be awake when they are done, and where it shares its core with others, long after."""
+    monkeypatch.setattr(library, "SMALL", 1000)
+    torch.set_num_threads(2)
+    try:
+        assert [library.threads(numbers) for numbers in (1, 999, 1000, 10**9)] == [1, 1, 2, 2]
+    finally:
+        torch.set_num_threads(1)

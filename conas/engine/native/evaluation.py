@@ -192,7 +192,7 @@ def run_steps(library: Library, steps: Tensor, weights: Tensor, x: Tensor, y: Te
         apart = C if x.is_contiguous() else NODES * C
         size = Sizes(N, H, W, C, apart, y.shape[1], y.shape[2], K, 0, 0, stride, 1, 0.0)
         library.of(x.dtype, K).evaluate(byref(size), x.data_ptr(), len(steps), steps.data_ptr(), weights.data_ptr(),
-                                        y.data_ptr(), y.shape[3], threads())
+                                        y.data_ptr(), y.shape[3], threads(x.numel()))
 
 
 def evaluate_operation(library: Library, module: nn.Module, p: float, x: Tensor) -> Tensor:
@@ -239,7 +239,7 @@ class EvaluatedSupernet(nn.Module):
                 or torch.compiler.is_compiling() or torch.jit.is_tracing()):
             return self.definition(x)
         with torch.no_grad():
-            return torch.cat([self._logits(part) for part in x.split(BLOCK * threads())])
+            return torch.cat([self._logits(part) for part in x.split(BLOCK * threads(x.numel()))])
 
     def _logits(self, x: Tensor) -> Tensor:
         s0, s1 = stem_outputs(self, x.contiguous(memory_format=torch.channels_last))

@@ -20,7 +20,7 @@ class Forward:
                  own: Sequence[Tensor], training: bool, seen: list[Seen] | None):
         self.cell, self.tape, self.training, self.seen, self.own = cell, tape, training, seen, own
         self.shape = cell.shape(s0, s1)
-        self.calls, self.threads = self.shape.calls, threads()
+        self.calls, self.threads = self.shape.calls, threads(s1.numel())
         self.p, self.share_shape = shares.tolist(), shares.shape
         self.inputs = [s.permute(0, 2, 3, 1).contiguous() for s in (s0, s1)]
         self.w = w.contiguous()
@@ -142,6 +142,6 @@ class Forward:
     def backward(self, grad: Tensor, before: Tensor, maps: Tensor, states: Tensor, out: Tensor, s0: Tensor, s1: Tensor,
                  w: Tensor, places: Tensor, records: Tensor):
         """The gradients w.r.t. both inputs, the shares, the weights and those of own operations."""
-        self.w, self.places, self.records, self.threads = w, places, records, threads()
+        self.w, self.places, self.records, self.threads = w, places, records, threads(s1.numel())
         self._locate(before, maps, states, out)
         return Backward(self, grad, (s0, s1), states, out).run()

@@ -35,7 +35,7 @@ class _Units:
         self.norms = [unit.norm for unit in self.units]
         self.x, self.weights = x.permute(0, 2, 3, 1).contiguous(), [w.contiguous() for w in weights]
         self.K = self.units[-1].K
-        self.calls, self.threads = library.of(x.dtype, self.K), threads()
+        self.calls, self.threads = library.of(x.dtype, self.K), threads(x.numel())
         self.sizes, (N, H, W, _) = [], self.x.shape
         for unit in self.units:
             self.sizes.append(unit.sizes(N, H, W, unit.C))
@@ -125,7 +125,7 @@ class _Pool(_Units):
         N, H, W, self.K = self.x.shape
         self.sizes = [pool_sizes(N, H, W, self.K, self.K, operation.module[0].stride, operation.norm.eps)]
         self.shape = N, self.sizes[0].OH, self.sizes[0].OW, self.K
-        self.calls, self.threads = library.of(x.dtype, self.K), threads()
+        self.calls, self.threads = library.of(x.dtype, self.K), threads(x.numel())
         self.pixels = [N * self.shape[1] * self.shape[2]]
         self.records = (torch.empty(1, 3, self.K, dtype=torch.float64) if training else running_records(self.norms))
         self.places = torch.empty(self.shape, dtype=torch.int8)

@@ -18,6 +18,7 @@ KERNELS = {
 }
 SUFFIXES = {torch.float32: ("float", "float_wide"), torch.float64: ("double", "double")}
 TYPES = tuple(SUFFIXES)  # of the maps that there are kernels for
+SMALL = 32768  # fewer numbers are done by one thread before another is awake; torch's own limit
 _forked = False  # this process is the child of one that may have had threads, which it has not
 
 
@@ -30,9 +31,12 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork)
 
 
-def threads() -> int:
-    """How many a kernel may use: torch's number; one after a fork, where OpenMP would wait for lost threads."""
-    return 1 if _forked else torch.get_num_threads()
+def threads(numbers: int) -> int:
+    """How many a kernel may use for a map of so many numbers: torch's number, but one if the map is small.
+
+    And one after a fork, where OpenMP would wait for lost threads.
+    """
+    return 1 if _forked or numbers < SMALL else torch.get_num_threads()
 
 
 class Library:

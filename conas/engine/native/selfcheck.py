@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from conas.darts.operations import AveragePool, DilConv, FactorizedReduce, ReLUConvBN, SepConv
 from conas.engine.native.evaluation import evaluate_operation
 from conas.engine.native.functions import run_operation
-from conas.engine.native.library import Library, integers, pointers, reals, threads
+from conas.engine.native.library import Library, integers, pointers, reals
 from conas.engine.native.parts import read
 
 TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-10}
@@ -66,7 +66,7 @@ def _sums(library: Library, dtype: torch.dtype, C: int, draw) -> Iterator[tuple[
     terms = [(y - record[0]) * record[2] if of else y for y, of in zip(maps, records)]
     out, dots = torch.empty(P, C, dtype=dtype), torch.empty(4, C, dtype=torch.float64)
     given = P, C, 3, pointers([y.data_ptr() for y in maps]), integers([C] * 3), pointers(records)
-    calls.combine(*given, reals(p), out.data_ptr(), C, threads())
+    calls.combine(*given, reals(p), out.data_ptr(), C, 1)
     yield "combine", out, sum(share * term for share, term in zip(p, terms))
-    calls.dots(*given, grad.data_ptr(), C, dots.data_ptr(), threads())
+    calls.dots(*given, grad.data_ptr(), C, dots.data_ptr(), 1)
     yield "dots", dots, torch.stack([(grad * term).sum(0) for term in terms] + [grad.sum(0)])
