@@ -111,11 +111,13 @@ def test_a_forked_process_has_kernels():
     program = """
 import os, torch
 from conas.darts.operations import SepConv
+from conas.engine.native import library
 from conas.engine.native.functions import run_operation
 from conas.engine.native.loader import kernels
 from conas.engine.native.parts import read
 torch.set_num_threads(2)
-module, x = SepConv(8, 3, 1, False), torch.randn(32, 8, 16, 16)  # enough for two threads
+library.SMALL = 0  # threads for a map so small that torch itself uses none: its own would hang in the child
+module, x = SepConv(4, 3, 1, False), torch.randn(4, 4, 8, 8)
 def run():
     return run_operation(kernels(), read(module), x, list(module.parameters()), True)
 before = run()
