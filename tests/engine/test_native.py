@@ -1,6 +1,7 @@
 """Kernels against torch in float64, by random shapes."""
 from copy import deepcopy
 from importlib import import_module
+from types import MappingProxyType
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch.func import functional_call
 
 from conas.darts.batchnorm import use_exact_sums
 from conas.darts.operations import AveragePool, DilConv, FactorizedReduce, ReLUConvBN, SepConv
+from conas.darts.supernet import SearchCell
 from conas.engine.door import accelerate, why_not
 from conas.engine.native.cell import NativeCell
 from conas.engine.native.functions import run_operation
@@ -181,6 +183,41 @@ def test_float32_is_near_and_the_same_bits_by_any_number_of_threads():
     for ours, right, error in zip(found[0], exact, (1e-6, 1e-3, 1e-3)):  # a gradient jumps where a ReLU is at its kink
         assert (ours - right).norm() < error * right.norm()
     assert all(torch.equal(one, other) for result in found[1:] for one, other in zip(found[0], result))
+
+
+class OwnCell(SearchCell):
+    """A cell that does more than its class says, so that each edge is computed by itself."""
+
+    def forward(self, s0, s1, weights):
+        return 2 * super().forward(s0, s1, weights)
+
+
+@needs_kernels
+def test_edges_of_other_cells_are_one_pass_over_all_maps():
+    class Rows(nn.Conv2d):
+        def forward(self, x):
+            return super().forward(x).contiguous()  # another layout than that of other maps
+
+    class Other(import_module("cnn_space2.model_search").Network):
+        cell = OwnCell
+        primitives = "none", "own", "skip_connect", "sep_conv_3x3", "max_pool_3x3"
+        operations = MappingProxyType({"own": lambda C, stride, affine: Rows(C, C, 3, stride, 1)})
+
+    torch.manual_seed(0)
+    network = Other(3, 4, 3).double()
+    w, x = network.flat().detach().requires_grad_(), draw(3, 3, 8, 8)
+    for alpha in network.alphas().values():
+        nn.init.normal_(alpha)
+    inputs = [w, *network.alphas().values()]
+    expected = network.with_weights(x, w)
+    wanted = torch.autograd.grad(expected.square().sum(), inputs)
+    engine = accelerate(network)
+    assert len(engine.mixed) == 42 and not engine.cells
+    ours = network.with_weights(x, w)
+    torch.testing.assert_close(ours, expected, **EXACT)
+    torch.testing.assert_close(torch.autograd.grad(ours.square().sum(), inputs), wanted, **EXACT)
+    alone = network.with_weights(x, w.detach())  # equation 8
+    torch.testing.assert_close(torch.autograd.grad(alone.square().sum(), inputs[1:]), wanted[1:], **EXACT)
 
 
 def test_what_was_changed_is_not_taken_for_what_it_was():

@@ -1,4 +1,7 @@
-"""One operation by kernels, with its gradient: for cells that have a `forward` of their own, and for the self-check."""
+"""One operation, or a mixture of some, by kernels, with its gradient.
+
+For cells that have a `forward` of their own, and for the self-check.
+"""
 from collections.abc import Sequence
 from ctypes import byref
 
@@ -24,6 +27,36 @@ def run_operation(library: Library, operation: Operation, x: Tensor, weights: Se
         return kind(library, operation, training, tape, x, weights).forward(seen)
 
     return with_manual_grad(run, x, *weights)
+
+
+def weighted_sum(library: Library, weights: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """Equation 2: the sum (N, C, H, W) of maps of that shape, times `weights` (M,), in one pass over all of them."""
+    (N, C, H, W), dtype = maps[0].shape, maps[0].dtype
+    calls, pixels, count = library.of(dtype, C), N * H * W, len(maps)
+    many = threads(maps[0].numel())
+
+    def run(tape: Tape, weights: Tensor, *maps: Tensor):
+        rows, p = [x.permute(0, 2, 3, 1).contiguous() for x in maps], weights.tolist()
+        out = rows[0].new_empty(N, H, W, C)
+        given = integers([C] * count), pointers([None] * count)  # no records: the maps are as they should be
+        calls.combine(pixels, C, count, pointers([x.data_ptr() for x in rows]), *given, reals(p), out.data_ptr(), C,
+                      many)
+        kept = [tape.keep(x) for x in rows] if tape.wanted[0] else []
+
+        def back(grad: Tensor):
+            grad, d_weights = grad.permute(0, 2, 3, 1).contiguous(), None
+            if kept:
+                rows = [give() for give in kept]
+                sums = torch.empty(count + 1, C, dtype=torch.float64)
+                calls.dots(pixels, C, count, pointers([x.data_ptr() for x in rows]), *given, grad.data_ptr(), C,
+                           sums.data_ptr(), many)
+                d_weights = sums[:count].sum(1).to(weights.dtype)
+            return d_weights, *((grad * share).permute(0, 3, 1, 2) if wanted else None
+                                for share, wanted in zip(p, tape.wanted[1:]))
+
+        return out.permute(0, 3, 1, 2), back
+
+    return with_manual_grad(run, weights, *maps)
 
 
 class _Units:

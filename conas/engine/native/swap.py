@@ -13,9 +13,9 @@ from torch.func import functional_call
 
 from conas.darts.batchnorm import has_exact_sums
 from conas.darts.passes import by_definition
-from conas.darts.supernet import MixedOp, SearchCell, Supernet
+from conas.darts.supernet import NOTHING, MixedOp, SearchCell, Supernet
 from conas.engine.native.cell import NativeCell
-from conas.engine.native.functions import run_operation
+from conas.engine.native.functions import run_operation, weighted_sum
 from conas.engine.native.library import TYPES, Library
 from conas.engine.native.parts import Operation, Seen, is_changed, read
 from conas.engine.packed import PackedPass
@@ -41,6 +41,7 @@ class NativePass:
         self.cells: dict[str, NativeCell] = {}
         self.plain: set[str] = set()  # cells that run by their definition all the same
         self.operations: dict[str, Operation] = {}
+        self.mixed: list[str] = []  # edges of other cells, whose sums are one pass over all maps
         self._pieces: list[tuple[str, int]] = []  # of the flat vector: a native cell's, or a weight's
         for number, cell in enumerate(getattr(network, "cells", ())):
             self._take(f"cells.{number}.", cell, places)
@@ -72,6 +73,8 @@ class NativePass:
             except (LookupError, AttributeError):  # another preprocessing than any that kernels know
                 pass
         for name, module in cell.named_modules():
+            if isinstance(module, MixedOp) and type(module).forward is MixedOp.forward and not is_changed(module):
+                self.mixed.append(prefix + name)
             operation = read(module) if name else None
             if operation and operation.kind not in ("none", "skip", "own"):
                 self.operations[prefix + name] = operation
@@ -115,7 +118,7 @@ class NativePass:
         Modules then have no longer the weights of the pass.
         """
         self.plain = {prefix for prefix, cell in self.cells.items() if cell.own}
-        self.operations = {}
+        self.operations, self.mixed = {}, []
 
     def _is_for_kernels(self, x: Tensor, w: Tensor) -> bool:
         alphas = self.network.alphas().values()
@@ -136,6 +139,9 @@ class NativePass:
             return lambda x: run_operation(self.library, operation, x, [weight(module) for weight in weights],
                                            module.training, seen)
 
+        def of_edge(mixed: MixedOp) -> Callable:
+            return lambda x, weights: mixture(self.library, mixed, x, weights)
+
         modules = []
         try:
             for prefix in parts:
@@ -146,12 +152,25 @@ class NativePass:
                 module = self.network.get_submodule(name)
                 modules.append((module, vars(module).get("forward")))
                 vars(module)["forward"] = of_operation(operation, module)
+            for name in self.mixed:
+                module = self.network.get_submodule(name)
+                modules.append((module, vars(module).get("forward")))
+                vars(module)["forward"] = of_edge(module)
             yield
         finally:
             for module, before in modules:
                 vars(module).pop("forward")
                 if before is not None:
                     vars(module)["forward"] = before
+
+
+def mixture(library: Library, mixed: MixedOp, x: Tensor, weights: Tensor) -> Tensor:
+    """What `MixedOp.forward` gives, by one pass over the outputs of all operations where they are alike."""
+    terms = [(w, op(x)) for w, op in zip(weights.unbind(), mixed._ops) if type(op) not in NOTHING]
+    maps = [y for _, y in terms]
+    alike = maps and all(y.shape == maps[0].shape and y.dtype == weights.dtype in TYPES and y.dim() == 4
+                         and y.device.type == "cpu" for y in maps)
+    return weighted_sum(library, torch.stack([w for w, _ in terms]), maps) if alike else sum(w * y for w, y in terms)
 
 
 def knows_any(network: nn.Module) -> bool:
