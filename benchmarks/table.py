@@ -1,7 +1,8 @@
 """Tables of docs/ as Markdown, out of benchmarks/results/*.json.
 
     python -m benchmarks.table                        # what python -m benchmarks.search_step measured by the wall clock
-    python -m benchmarks.table --of study             # what python -m ensemble.study report found on the digits
+    python -m benchmarks.table --of baselines         # the same by processor time, over both baselines
+    python -m benchmarks.table --of study             # what python -m ensemble.study report found
     python -m benchmarks.table --of against           # what python -m benchmarks.against 662cc92 measured
     python -m benchmarks.table --of collapse          # the searches of space S2 in docs/health.md
 
@@ -46,9 +47,29 @@ def search_step() -> str:
     return "\n".join([*sorted(machines), "", markdown(head, rows)])
 
 
-def study(name: str = "study-digits") -> str:
+def baselines() -> str:
+    """How many times as fast as either baseline, by processor time, a row for each setting: medians (quartiles)."""
+    settings = json.loads((RESULTS / "search_step-cpu.json").read_text(encoding="utf-8"))["settings"]
+    rows = []
+    for of in settings.values():
+        if "channels_last_over_ours" in of and of["clock"] == "processor":
+            ratios = [f"{value['median']:.2f} ({value['quartiles'][0]:.2f} to {value['quartiles'][1]:.2f})"
+                      for work in ("iteration", "evaluation")
+                      for value in (of[f"{name}_over_ours"][work] for name in ("channels_last", "textbook"))]
+            peak = of["peak_bytes"]
+            rows.append([of["space"].removeprefix("cnn_space"), str(of["channels"]), str(of["layers"]),
+                         str(of["batch_size"]), str(of["rounds"]), *ratios,
+                         f"{of['seconds']['ours']['iteration']['median']:.2f}",
+                         f"{peak['ours'] / 1e9:.2f} ({peak['ours'] / peak['textbook']:.2f})"])
+    head = ["space", "channels", "cells", "batch", "n", "iteration over channels_last", "over the textbook as it is",
+            "evaluation over channels_last", "over the textbook as it is", "seconds an iteration",
+            "peak GB (share of the textbook's)"]
+    return markdown(head, sorted(rows, key=lambda row: (int(row[1]), int(row[3]), row[0])))
+
+
+def study() -> str:
     """Committees of three spaces against committees of three seeds of one: means and 95 % intervals over seeds."""
-    results = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
+    results = json.loads((RESULTS / "study-digits.json").read_text(encoding="utf-8"))
     kinds = {"top1": 2, "loss": 3, "ece": 3, "disagreement": 2, "member_top1": 2}  # and decimals
 
     def shown(figures: dict, sign: str = "") -> list[str]:
@@ -106,7 +127,7 @@ def collapse() -> str:
     return markdown(head, sorted(rows))
 
 
-TABLES = {"search_step": search_step, "study": study, "against": against, "collapse": collapse}
+TABLES = {"search_step": search_step, "baselines": baselines, "study": study, "against": against, "collapse": collapse}
 
 
 def main() -> None:
