@@ -5,6 +5,7 @@ everything else: `--hvp exact`, `conas/engine/check.py`, copies and checkpoints.
 """
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from operator import attrgetter, call
 
 import torch
@@ -61,8 +62,7 @@ class NativePass:
         own = {name: place for name, place in places.items() if name.startswith(prefix)}
         first = min(own.values(), default=0)
         plain = (isinstance(cell, SearchCell) and type(cell).forward is SearchCell.forward and not is_changed(cell)
-                 and all(isinstance(mixed, MixedOp) and type(mixed).forward is MixedOp.forward
-                         and not is_changed(mixed) for mixed in cell._ops))
+                 and all(mixes_as_defined(mixed) for mixed in cell._ops))
         size = sum(p.numel() for p in cell.parameters())
         together = own and max(places[name] + self._count(name) for name in own) - first == size
         if plain and together:
@@ -73,7 +73,7 @@ class NativePass:
             except (LookupError, AttributeError):  # another preprocessing than any that kernels know
                 pass
         for name, module in cell.named_modules():
-            if isinstance(module, MixedOp) and type(module).forward is MixedOp.forward and not is_changed(module):
+            if mixes_as_defined(module):
                 self.mixed.append(prefix + name)
             operation = read(module) if name else None
             if operation and operation.kind not in ("none", "skip", "own"):
@@ -139,29 +139,32 @@ class NativePass:
             return lambda x: run_operation(self.library, operation, x, [weight(module) for weight in weights],
                                            module.training, seen)
 
-        def of_edge(mixed: MixedOp) -> Callable:
-            return lambda x, weights: mixture(self.library, mixed, x, weights)
+        def replacements() -> Iterator[tuple[nn.Module, Callable]]:
+            module = self.network.get_submodule
+            for prefix in parts:
+                cell = module(prefix.rstrip("."))
+                yield cell, of_cell(prefix, cell)
+            for name, operation in self.operations.items():
+                yield module(name), of_operation(operation, module(name))
+            for name in self.mixed:
+                yield module(name), partial(mixture, self.library, module(name))
 
         modules = []
         try:
-            for prefix in parts:
-                cell = self.network.get_submodule(prefix.rstrip("."))
-                modules.append((cell, vars(cell).get("forward")))
-                vars(cell)["forward"] = of_cell(prefix, cell)
-            for name, operation in self.operations.items():
-                module = self.network.get_submodule(name)
+            for module, forward in replacements():
                 modules.append((module, vars(module).get("forward")))
-                vars(module)["forward"] = of_operation(operation, module)
-            for name in self.mixed:
-                module = self.network.get_submodule(name)
-                modules.append((module, vars(module).get("forward")))
-                vars(module)["forward"] = of_edge(module)
+                vars(module)["forward"] = forward
             yield
         finally:
             for module, before in modules:
                 vars(module).pop("forward")
                 if before is not None:
                     vars(module)["forward"] = before
+
+
+def mixes_as_defined(module: nn.Module) -> bool:
+    """Whether a module is an edge that computes equation 2 as its class says."""
+    return isinstance(module, MixedOp) and type(module).forward is MixedOp.forward and not is_changed(module)
 
 
 def mixture(library: Library, mixed: MixedOp, x: Tensor, weights: Tensor) -> Tensor:
