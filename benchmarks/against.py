@@ -101,11 +101,11 @@ def main() -> None:
     options = parser.parse_args()
     import torch
 
-    from benchmarks.machine import RESULTS, machine, write
+    from benchmarks.machine import RESULTS, machine, stored, write
 
     root = HERE.parent.parent
     path = RESULTS / f"against-{options.commit}.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = stored(path)
     with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "archive", options.commit], cwd=root, check=True, capture_output=True).stdout
         subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)

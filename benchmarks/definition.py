@@ -9,14 +9,13 @@ over that of `engine` in the same round: median and quartiles. Writes benchmarks
 the last result of every setting.
 """
 import argparse
-import json
 import time
 from importlib import import_module
 
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import RESULTS, machine, several, spread, write
+from benchmarks.machine import RESULTS, machine, several, spread, stored, write
 from conas.commands.search import weight_optimizer, weight_step
 from conas.darts.operations import OPERATIONS
 from conas.darts.supernet import SearchCell, Supernet
@@ -79,7 +78,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     keep_freed_memory()
     path = RESULTS / "definition.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = stored(path)
     for space in options.spaces:
         architect = import_module(f"{space}.architect").Architect
         iterations = {}

@@ -1,5 +1,6 @@
 """What every result says of where it was measured, how measurements are summed up, and where results are written."""
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -41,6 +42,11 @@ def machine(device: torch.device) -> dict:
                         "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)},
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "cuda": torch.version.cuda if cuda else None}}
+
+
+def stored(path: Path) -> dict:
+    """The results that a file has so far."""
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
 
 
 def write(name: str, result: dict) -> Path:

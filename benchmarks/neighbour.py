@@ -11,7 +11,6 @@ be idle otherwise; its load is written. Linux only. Writes benchmarks/results/ne
 result of every setting.
 """
 import argparse
-import json
 import os
 import subprocess
 import sys
@@ -20,7 +19,7 @@ from contextlib import contextmanager
 
 import torch
 
-from benchmarks.machine import RESULTS, machine, several, spread, write
+from benchmarks.machine import RESULTS, machine, several, spread, stored, write
 from benchmarks.turns import Player
 
 BUSY = """import os
@@ -55,7 +54,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=several, default=9)
     options = parser.parse_args()
     path = RESULTS / "neighbour.json"
-    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    results = stored(path)
     for space in options.spaces:
         about = machine(torch.device("cpu"))  # its load is that of the last minute, before this begins
         about["machine"]["threads"] = options.threads
