@@ -239,7 +239,7 @@ class EvaluatedSupernet(nn.Module):
                 or torch.compiler.is_compiling() or torch.jit.is_tracing()):
             return self.definition(x)
         with torch.no_grad():
-            return torch.cat([self._logits(part) for part in x.split(BLOCK * threads(x.numel()))])
+            return torch.cat([self._logits(part) for part in x.split(BLOCK * torch.get_num_threads())])
 
     def _logits(self, x: Tensor) -> Tensor:
         s0, s1 = stem_outputs(self, x.contiguous(memory_format=torch.channels_last))

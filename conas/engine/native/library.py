@@ -5,6 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
+from conas.engine.native.cores import Cores
+
 POINTER, INT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # name: the types of its arguments; the last are the threads
 KERNELS = {
@@ -19,6 +21,7 @@ KERNELS = {
 SUFFIXES = {torch.float32: ("float", "float_wide"), torch.float64: ("double", "double")}
 TYPES = tuple(SUFFIXES)  # of the maps that there are kernels for
 SMALL = 32768  # fewer numbers are done by one thread before another is awake; torch's own limit
+cores = Cores()
 _forked = False  # this process is the child of one that may have had threads, which it has not
 
 
@@ -34,9 +37,10 @@ if hasattr(os, "register_at_fork"):
 def threads(numbers: int) -> int:
     """How many a kernel may use for a map of so many numbers: torch's number, but one if the map is small.
 
-    And one after a fork, where OpenMP would wait for lost threads.
+    One too where threads have to wait for cores, and after a fork, where OpenMP would wait for lost threads.
     """
-    return 1 if _forked or numbers < SMALL else torch.get_num_threads()
+    many = torch.get_num_threads()
+    return 1 if many == 1 or _forked or numbers < SMALL or cores.crowded() else many
 
 
 class Library:
