@@ -1,9 +1,9 @@
 """Has every thread of this process a core? Where not, one thread is faster than several that wait for each other.
 
 A parallel loop ends with its last thread. Beside a process that keeps a core busy, a thread may not run for
-milliseconds, and an iteration of second-order search has thousands of loops. Linux counts how long each thread was ready
-to run and had no core; this is read some twenty times a second. Kernels compute the same bits by any number of threads,
-so their number may change at any time.
+milliseconds, and an iteration of second-order search has thousands of loops. Linux counts how long each thread was
+ready to run and had no core; this is read some twenty times a second. Kernels compute the same bits by any number of
+threads, so their number may change at any time.
 """
 import math
 import os
