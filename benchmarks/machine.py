@@ -36,10 +36,11 @@ def processor() -> str:
 
 
 def machine(device: torch.device) -> dict:
-    """The device, cores, threads and load of this machine, and the versions of what computes."""
+    """The device, cores, threads, vectors and load of this machine, and the versions of what computes."""
     cuda = device.type == "cuda"
     return {"machine": {"device": torch.cuda.get_device_name(device) if cuda else processor(), "cores": os.cpu_count(),
-                        "threads": torch.get_num_threads(), "load": round(os.getloadavg()[0], 1)},
+                        "threads": torch.get_num_threads(), "vectors": torch.backends.cpu.get_cpu_capability(),
+                        "load": round(os.getloadavg()[0], 1)},
             "versions": {"python": platform.python_version(), "torch": torch.__version__,
                          "cuda": torch.version.cuda if cuda else None}}
 
