@@ -11,16 +11,14 @@ static void NAME(observe)(double *part, int64_t seen, const REAL *y, int64_t ld,
         int64_t left = K - v, p = 0;
         V sums[4] = {{0}}, squares[4] = {{0}}, sum, centred;
         for (; p + 4 <= P; p += 4)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++)
+            EACH(j, 4, 4)
                 sums[j] += NAME(load)(y + (p + j) * ld + v, left);
         for (; p < P; p++)
             sums[0] += NAME(load)(y + p * ld + v, left);
         sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         V of = sum / (REAL)P;
         for (p = 0; p + 4 <= P; p += 4)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
+            EACH(j, 4, 4) {
                 centred = NAME(load)(y + (p + j) * ld + v, left) - of;
                 squares[j] += centred * centred;
             }

@@ -9,21 +9,17 @@ INLINE void NAME(pixels)(REAL *z, const REAL *const *rows, const REAL *const *ws
                          int64_t C, const int P, int64_t k, int64_t s, int64_t d)
 {
     V sum[BLOCK];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; p++)
+    EACH(p, P, 8)
         sum[p] = (V){0};
     for (int64_t t = 0; t < taps; t++) {
         const REAL *row = rows[t] + at, *w = ws[t] + v;
-#pragma GCC unroll 5
-        for (int64_t c = 0; c < k; c++) {
+        EACH(c, k, 5) {
             V weight = READ(w + c * C);
-#pragma GCC unroll 8
-            for (int p = 0; p < P; p++)
+            EACH(p, P, 8)
                 sum[p] += READ(row + (p * s + c * d) * C) * weight;
         }
     }
-#pragma GCC unroll 8
-    for (int p = 0; p < P; p++)
+    EACH(p, P, 8)
         AT(z + p * C) = sum[p];
 }
 
@@ -57,6 +53,20 @@ static void NAME(convolve)(REAL *z, const REAL *const *rows, const REAL *const *
         NAME(span)(z, rows, ws, taps, C, W, k, s, d);
 }
 
+/* The rows of a `map` of H rows, `width` numbers long and `apart` in the input, that the rows of a kernel w (k, k, C)
+   meet when its first lies at row `first` of the input; and those of the kernel, into ws. Returns how many. */
+INLINE int64_t NAME(meet)(const REAL **rows, const REAL **ws, const REAL *map, int64_t H, int64_t width, int64_t apart,
+                          int64_t first, const REAL *w, int64_t k, int64_t d, int64_t C)
+{
+    int64_t taps = 0;
+    for (int64_t t = 0, h = first; t < k; t++, h += d)
+        if (h >= 0 && h % apart == 0 && h / apart < H) {
+            rows[taps] = map + h / apart * width;
+            ws[taps++] = w + t * k * C;
+        }
+    return taps;
+}
+
 /* Rows oy to oy + rows of z (OH, OW, C) = depthwise(xp), of an image with H rows and `inset` columns of zeros at both
    sides, which are `width` numbers long. */
 static void NAME(depthwise)(REAL *z, const REAL *xp, int64_t H, int64_t width, int64_t inset, const REAL *dw,
@@ -65,14 +75,7 @@ static void NAME(depthwise)(REAL *z, const REAL *xp, int64_t H, int64_t width, i
     int64_t pad = (k - 1) * d / 2;
     for (int64_t r = oy; r < oy + rows; r++) {
         const REAL *from[LARGEST], *ws[LARGEST];
-        int64_t taps = 0;
-        for (int64_t t = 0; t < k; t++) {
-            int64_t y = r * s + t * d - pad;
-            if (y >= 0 && y < H) {
-                from[taps] = xp + y * width + (inset - pad) * C;
-                ws[taps++] = dw + t * k * C;
-            }
-        }
+        int64_t taps = NAME(meet)(from, ws, xp + (inset - pad) * C, H, width, 1, r * s - pad, dw, k, d, C);
         NAME(convolve)(z + (r - oy) * OW * C, from, ws, taps, C, OW, k, s, d);
     }
 }
@@ -83,19 +86,15 @@ INLINE void NAME(correlate)(REAL *const *dw, const REAL *const *rows, const REAL
 {
     for (int64_t v = 0; v < C; v += L) {
         V sum[25];
-#pragma GCC unroll 25
-        for (int i = 0; i < T * k; i++)
+        EACH(i, T * k, 25)
             sum[i] = READ(dw[i / k] + i % k * C + v);
         for (int64_t x = 0; x < W; x++) {
             V grad = READ(dz + x * C + v);
-#pragma GCC unroll 5
-            for (int t = 0; t < T; t++)
-#pragma GCC unroll 5
-                for (int64_t c = 0; c < k; c++)
+            EACH(t, T, 5)
+                EACH(c, k, 5)
                     sum[t * k + c] += READ(rows[t] + (x * s + c * d) * C + v) * grad;
         }
-#pragma GCC unroll 25
-        for (int i = 0; i < T * k; i++)
+        EACH(i, T * k, 25)
             AT(dw[i / k] + i % k * C + v) = sum[i];
     }
 }
@@ -124,28 +123,22 @@ static void NAME(kernel_gradient)(REAL *const *dw, const REAL *const *rows, cons
 
 /* ---- Pointwise convolution of P pixels ---- */
 
-/* y (P, K) = init + z (P, I) w (I, ldw), of which `left` channels count; then ReLU, if `rectified`. init may be NULL. */
+/* y (P, K) = init + z (P, I) w (I, ldw), of which `left` channels count; then ReLU, if `rectified`. No init: NULL. */
 INLINE void NAME(product)(REAL *y, int64_t ldy, const REAL *init, int64_t ldi, const REAL *z, int64_t ldz,
                           const REAL *w, int64_t ldw, int64_t I, const int64_t left, const int rectified, const int P,
                           const int Q)
 {
     V sum[BLOCK][2];
-#pragma GCC unroll 8
-    for (int p = 0; p < P; p++)
-#pragma GCC unroll 2
-        for (int q = 0; q < Q; q++)
+    EACH(p, P, 8)
+        EACH(q, Q, 2)
             sum[p][q] = init ? NAME(load)(init + p * ldi + q * L, left - q * L) : (V){0};
     for (int64_t i = 0; i < I; i++) {
-#pragma GCC unroll 8
-        for (int p = 0; p < P; p++)
-#pragma GCC unroll 2
-            for (int q = 0; q < Q; q++)
+        EACH(p, P, 8)
+            EACH(q, Q, 2)
                 sum[p][q] += READ(w + i * ldw + q * L) * z[p * ldz + i];
     }
-#pragma GCC unroll 8
-    for (int p = 0; p < P; p++)
-#pragma GCC unroll 2
-        for (int q = 0; q < Q; q++)
+    EACH(p, P, 8)
+        EACH(q, Q, 2)
             NAME(store)(y + p * ldy + q * L, rectified ? NAME(relu)(sum[p][q]) : sum[p][q], left - q * L);
 }
 
@@ -156,18 +149,15 @@ INLINE void NAME(mix)(REAL *y, int64_t ldy, const REAL *init, int64_t ldi, const
 #define PRODUCT(P, Q) NAME(product)(y + p * ldy + o, ldy, init ? init + p * ldi + o : NULL, ldi, z + p * ldz, ldz, \
                                     w + o, UP(K), I, padded ? 2 * L : K - o, rectified, P, Q)
     for (int64_t o = 0; o < K; o += o + 2 * L <= K ? 2 * L : L) {
-        int64_t p = 0;
-        if (o + 2 * L <= K) {
-            for (; p + BLOCK <= P; p += BLOCK)
-                PRODUCT(BLOCK, 2);
-            for (; p < P; p++)
-                PRODUCT(1, 2);
-        } else {
-            for (; p + BLOCK <= P; p += BLOCK)
-                PRODUCT(BLOCK, 1);
-            for (; p < P; p++)
-                PRODUCT(1, 1);
-        }
+        int64_t p = 0, wide = o + 2 * L <= K;
+        for (; wide && p + BLOCK <= P; p += BLOCK)
+            PRODUCT(BLOCK, 2);
+        for (; wide && p < P; p++)
+            PRODUCT(1, 2);
+        for (; p + BLOCK <= P; p += BLOCK)
+            PRODUCT(BLOCK, 1);
+        for (; p < P; p++)
+            PRODUCT(1, 1);
     }
 #undef PRODUCT
 }
@@ -182,21 +172,15 @@ INLINE void NAME(outer)(REAL *dw, int64_t ldw, const REAL *dy, int64_t ldy, cons
                         const int Q)
 {
     V sum[BLOCK][2];
-#pragma GCC unroll 8
-    for (int o = 0; o < BLOCK; o++)
-#pragma GCC unroll 2
-        for (int q = 0; q < Q; q++)
+    EACH(o, BLOCK, 8)
+        EACH(q, Q, 2)
             sum[o][q] = READ(dw + o * ldw + q * L);
     for (int64_t p = 0; p < P; p++)
-#pragma GCC unroll 8
-        for (int o = 0; o < BLOCK; o++)
-#pragma GCC unroll 2
-            for (int q = 0; q < Q; q++)
+        EACH(o, BLOCK, 8)
+            EACH(q, Q, 2)
                 sum[o][q] += READ(z + p * ldz + q * L) * dy[p * ldy + o];
-#pragma GCC unroll 8
-    for (int o = 0; o < BLOCK; o++)
-#pragma GCC unroll 2
-        for (int q = 0; q < Q; q++)
+    EACH(o, BLOCK, 8)
+        EACH(q, Q, 2)
             AT(dw + o * ldw + q * L) = sum[o][q];
 }
 

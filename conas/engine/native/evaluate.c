@@ -56,14 +56,13 @@ static void NAME(pool_row)(REAL *average, REAL *maximum, REAL *columns, const st
     }
 }
 
-/* What a PLAIN step adds to a row y of its node: `count` maps, of which `left` channels are left, times their scales. */
+/* What a PLAIN step adds to a row y of its node: `count` maps, of which `left` channels remain, times their scales. */
 INLINE void NAME(plain_row)(REAL *y, int64_t ldy, const REAL *const *maps, const int64_t *lds, const V *scales,
                             int64_t OW, int64_t left, const int count)
 {
     for (int64_t o = 0; o < OW; o++) {
         V sum = NAME(load)(y + o * ldy, left);
-#pragma GCC unroll 3
-        for (int m = 0; m < count; m++)
+        EACH(m, count, 3)
             sum += scales[m] * NAME(load)(maps[m] + o * lds[m], left);
         NAME(store)(y + o * ldy, sum, left);
     }
@@ -98,37 +97,32 @@ static void NAME(plain)(REAL *y, int64_t ldy, const struct unit *u, const struct
 int NAME(evaluate)(const struct unit *u, const REAL *x, int64_t count, const struct step *steps, const REAL *weights,
                    REAL *y, int64_t ldy, int64_t threads)
 {
-    int64_t C = UP(u->C), inset = 0, halfway = 0, plain = 0, convolved = 0, rows = ROWS(u), OW = u->OW, failed = 0;
+    int64_t C = UP(u->C), inset = 0, halfway = 0, plain = 0, rows = ROWS(u), OW = u->OW;
     for (const struct step *step = steps; step < steps + count; step++) {
         int64_t pad = (step->kernel - 1) * step->dilation / 2;
         plain += step->kind == PLAIN;
-        convolved += step->kind != PLAIN;
-        if (step->kind == DEPTHWISE || step->kind == SEPARABLE)
-            inset = MAX(inset, pad);
-        if (step->kind == SEPARABLE)
-            halfway = MAX(halfway, pad);
+        inset = MAX(inset, step->kind == DEPTHWISE || step->kind == SEPARABLE ? pad : 0);
+        halfway = MAX(halfway, step->kind == SEPARABLE ? pad : 0);
     }
-    int64_t width = (u->W + 2 * inset) * C, image = u->H * width, width2 = (OW + 2 * halfway) * C, image2 = u->OH * width2;
+    int64_t width = (u->W + 2 * inset) * C, image = u->H * width, pools = (2 * OW + 2 * (u->W + 2)) * C;
+    int64_t width2 = (OW + 2 * halfway) * C, image2 = u->OH * width2;
+    int64_t each = ((image + image2 + 2 * rows * OW * C + pools) * sizeof(REAL) + 8 * 64) / 64 * 64;
+    char *shared = room(threads * each);
+    if (!shared)
+        return 1;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        int64_t pools = (2 * OW + 2 * (u->W + 2)) * C;
-        char *own = room(1, (image + image2 + 2 * rows * OW * C + pools) * sizeof(REAL) + 8 * 64);
+        char *own = own_part(shared, each);
         REAL *xp = take(&own, image, sizeof(REAL)), *half = take(&own, image2, sizeof(REAL));
         REAL *z = take(&own, 2 * rows * OW * C, sizeof(REAL)), *average = take(&own, pools, sizeof(REAL));
         REAL *maximum = average + OW * C, *columns = maximum + OW * C;
-        if (xp) {
-            memset(xp, 0, image * sizeof(REAL));
-            memset(half, 0, image2 * sizeof(REAL));
-        }
+        memset(xp, 0, image * sizeof(REAL));
+        memset(half, 0, image2 * sizeof(REAL));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < u->N; n++) {
-            if (!xp) {
-                failed = 1;
-                continue;
-            }
             const REAL *from = x + n * u->H * u->W * u->ld;
             REAL *to = y + n * u->OH * OW * ldy;
-            if (convolved)
+            if (plain < count)
                 NAME(rectify)(xp, u, inset, from, NULL, NULL, 0, u->H);
             for (int64_t oy = 0; plain && oy < u->OH; oy++) {
                 NAME(pool_row)(average, maximum, columns, u, from, oy);
@@ -167,5 +161,5 @@ int NAME(evaluate)(const struct unit *u, const REAL *x, int64_t count, const str
             }
         }
     }
-    return (int)failed;
+    return 0;
 }

@@ -27,6 +27,9 @@ struct unit {
 };
 
 #define INLINE static inline __attribute__((always_inline))
+#define PRAGMA(text) _Pragma(#text)
+/* A loop that is unrolled, up to `most` times. */
+#define EACH(i, count, most) PRAGMA(GCC unroll most) for (int i = 0; i < (count); i++)
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define GROUP 32  /* pixels, at least, that go through a pointwise convolution together */
@@ -35,18 +38,24 @@ struct unit {
 #define AHEAD 64  /* pixels: memory is asked for so early, while others are computed */
 #define LARGEST 15  /* kernel size */
 
+#ifdef _OPENMP
+int omp_get_thread_num(void);
+#else
+#define omp_get_thread_num() 0
+#endif
+
 #ifndef OWN_ROOM /* or a test has both, with bounds that can be checked */
-/* Memory that belongs to a thread, at least `bytes` of it, or NULL; it is kept for the next call. */
-static void *room(int which, int64_t bytes)
+/* Memory of the thread that asks for it, at least `bytes` of it, or NULL; it is kept for the next call. */
+static void *room(int64_t bytes)
 {
-    static _Thread_local struct { void *start; int64_t size; } rooms[2];
-    if (rooms[which].size < bytes) {
-        free(rooms[which].start);
+    static _Thread_local struct { void *start; int64_t size; } kept;
+    if (kept.size < bytes) {
+        free(kept.start);
         bytes = (bytes + bytes / 4 + 4095) / 4096 * 4096;
-        rooms[which].start = aligned_alloc(64, bytes);
-        rooms[which].size = rooms[which].start ? bytes : 0;
+        kept.start = aligned_alloc(64, bytes);
+        kept.size = kept.start ? bytes : 0;
     }
-    return rooms[which].start;
+    return kept.start;
 }
 
 /* A piece of `*free` for `count` items of `size` bytes. */
@@ -69,6 +78,9 @@ static void *take(char **free, int64_t count, int64_t size)
 #define NARROW 16
 #endif
 
+/* Where this thread's memory begins, of all threads' of `bytes` each, a multiple of 64. */
+INLINE char *own_part(char *all, int64_t bytes) { return all + omp_get_thread_num() * bytes; }
+
 #define REAL float
 #define INT int32_t
 #define BYTES NARROW
@@ -86,16 +98,6 @@ static void *take(char **free, int64_t count, int64_t size)
 #define BYTES NARROW
 #define NAME(f) f##_double
 #include __FILE__
-
-/* 1 if there are the functions for channels that come by 64 bytes. */
-int has_wide(void)
-{
-#ifdef __AVX512F__
-    return 1;
-#else
-    return 0;
-#endif
-}
 
 #else /* the text for one REAL and one width */
 
@@ -118,15 +120,12 @@ INLINE V NAME(load)(const REAL *p, int64_t n)
 {
     if (n >= L)
         return (V)*(const U *)p;
-    if (n == 4) {
-        V four = {0};
-#pragma GCC unroll 4
-        for (int i = 0; i < MIN(4, L); i++)
-            four[i] = p[i];
-        return four;
-    }
     V v = {0};
-    memcpy(&v, p, n * sizeof(REAL));
+    if (n == 4)
+        EACH(i, MIN(4, L), 4)
+            v[i] = p[i];
+    else
+        memcpy(&v, p, n * sizeof(REAL));
     return v;
 }
 
@@ -134,10 +133,8 @@ INLINE void NAME(store)(REAL *p, V v, int64_t n)
 {
     if (n >= L)
         *(U *)p = (U)v;
-    else if (n == 4)
-        memcpy(p, &v, 4 * sizeof(REAL));
     else
-        memcpy(p, &v, n * sizeof(REAL));
+        memcpy(p, &v, (n == 4 ? 4 : n) * sizeof(REAL));
 }
 
 INLINE V NAME(keep)(V v, M where) { return (V)((M)v & where); }  /* v, or 0 */
@@ -152,18 +149,6 @@ INLINE V NAME(relu)(V v) { return NAME(keep)(v, ~(v <= 0)); }  /* NaN stays */
 #include "mixture.c"
 #include "evaluate.c"
 
-#undef V
-#undef U
-#undef M
-#undef PLACES
-#undef L
-#undef UP
-#undef AT
-#undef READ
-#undef PAD
-#undef ROWS
-#undef FROM
-#undef UNTIL
 #undef REAL
 #undef INT
 #undef BYTES

@@ -51,7 +51,7 @@ class Library:
         self.path, self._tables = path, {}
         for dtype, suffixes in SUFFIXES.items():
             for wide, suffix in enumerate(suffixes):
-                suffix = suffix if library.has_wide() else suffixes[0]
+                suffix = suffix if hasattr(library, f"evaluate_{suffix}") else suffixes[0]
                 self._tables[dtype, bool(wide)] = Table(library, suffix)
 
     def of(self, dtype: torch.dtype, channels: int) -> "Table":

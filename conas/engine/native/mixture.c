@@ -7,7 +7,7 @@
 int NAME(combine)(int64_t P, int64_t C, int64_t count, const REAL *const *maps, const int64_t *lds,
                   const double *const *stats, const double *p, REAL *out, int64_t ldo, int64_t threads)
 {
-    char *shared = room(0, (count + 1) * 2 * UP(C) * sizeof(REAL) + 64);
+    char *shared = room((count + 1) * 2 * UP(C) * sizeof(REAL) + 64);
     if (!shared)
         return 1;
     REAL *a = take(&shared, (count + 1) * 2 * UP(C), sizeof(REAL)), *b = a + count * UP(C), *all = b + count * UP(C);
@@ -22,8 +22,7 @@ int NAME(combine)(int64_t P, int64_t C, int64_t count, const REAL *const *maps, 
     for (int64_t first = 0; first < P; first += chunk)
         for (int64_t m = 0; m < MAX(count, 1); m += 2)
             for (int64_t v = 0; v < C; v += L) {
-                int64_t left = C - v, end = MIN(P, first + chunk);
-                int one = m < count, two = m + 1 < count;
+                int64_t left = C - v, end = MIN(P, first + chunk), one = m < count, two = m + 1 < count;
                 V a0 = one ? READ(a + m * UP(C) + v) : (V){0}, a1 = two ? READ(a + (m + 1) * UP(C) + v) : (V){0};
                 const REAL *y0 = one ? maps[m] : out, *y1 = two ? maps[m + 1] : y0;
                 int64_t ld0 = one ? lds[m] : ldo, ld1 = two ? lds[m + 1] : ld0;
@@ -48,7 +47,7 @@ int NAME(dots)(int64_t P, int64_t C, int64_t count, const REAL *const *maps, con
 {
     int64_t chunk = MAX(1, CHUNK / (C * (int64_t)sizeof(REAL)));
     int64_t parts = MIN(PARTS, (P + chunk - 1) / chunk), size = (count + 1) * UP(C);
-    char *shared = room(0, 2 * size * sizeof(REAL) + parts * size * sizeof(double) + 3 * 64);
+    char *shared = room(2 * size * sizeof(REAL) + parts * size * sizeof(double) + 3 * 64);
     if (!shared)
         return 1;
     REAL *a = take(&shared, size, sizeof(REAL)), *b = take(&shared, size, sizeof(REAL));
@@ -66,8 +65,7 @@ int NAME(dots)(int64_t P, int64_t C, int64_t count, const REAL *const *maps, con
                     if (m < count) {
                         V slope = READ(a + m * UP(C) + v), shift = READ(b + m * UP(C) + v);
                         for (; i + 4 <= end; i += 4)
-#pragma GCC unroll 4
-                            for (int j = 0; j < 4; j++) {
+                            EACH(j, 4, 4) {
                                 __builtin_prefetch(maps[m] + (i + j + AHEAD) * lds[m] + v);
                                 sum[j] += NAME(load)(g + (i + j) * ldg + v, left)
                                           * (slope * NAME(load)(maps[m] + (i + j) * lds[m] + v, left) + shift);

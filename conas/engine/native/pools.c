@@ -51,13 +51,13 @@ int NAME(pools_forward)(const struct unit *u, const REAL *x, REAL *average, doub
                         int8_t *which, double *maximum_stat, int64_t threads)
 {
     int64_t C = u->C, size = u->OH * u->OW, s = u->stride;
-    char *shared = room(0, 2 * u->N * 2 * UP(C) * sizeof(double) + 2 * 64);
+    REAL *maps[2] = {average, maximum};
+    double *stats[2] = {average_stat, maximum_stat};
+    char *shared = room(u->N * 4 * UP(C) * sizeof(double) + 64);
     if (!shared)
         return 1;
-    double *parts = take(&shared, u->N * 2 * UP(C), sizeof(double));
-    double *of_maximum = take(&shared, u->N * 2 * UP(C), sizeof(double));
-    memset(parts, 0, u->N * 2 * UP(C) * sizeof(double));
-    memset(of_maximum, 0, u->N * 2 * UP(C) * sizeof(double));
+    double *parts = take(&shared, u->N * 4 * UP(C), sizeof(double));  /* of both pools, image by image */
+    memset(parts, 0, u->N * 4 * UP(C) * sizeof(double));
 #pragma omp parallel for schedule(static) num_threads((int)threads) if (threads > 1)
     for (int64_t n = 0; n < u->N; n++)
         for (int64_t oy = 0; oy < u->OH; oy++) {
@@ -84,15 +84,14 @@ int NAME(pools_forward)(const struct unit *u, const REAL *x, REAL *average, doub
                     }
                 }
             }
-            if (average && average_stat)
-                NAME(observe)(parts + n * 2 * UP(C), oy * u->OW, average + first * C, C, u->OW, C);
-            if (maximum && maximum_stat)
-                NAME(observe)(of_maximum + n * 2 * UP(C), oy * u->OW, maximum + first * C, C, u->OW, C);
+            for (int kind = 0; kind < 2; kind++)
+                if (maps[kind] && stats[kind])
+                    NAME(observe)(parts + (kind * u->N + n) * 2 * UP(C), oy * u->OW, maps[kind] + first * C, C,
+                                  u->OW, C);
         }
-    if (average && average_stat)
-        NAME(conclude)(average_stat, parts, u->N, size, C, u->eps);
-    if (maximum && maximum_stat)
-        NAME(conclude)(maximum_stat, of_maximum, u->N, size, C, u->eps);
+    for (int kind = 0; kind < 2; kind++)
+        if (maps[kind] && stats[kind])
+            NAME(conclude)(stats[kind], parts + kind * u->N * 2 * UP(C), u->N, size, C, u->eps);
     return 0;
 }
 
@@ -106,7 +105,8 @@ int NAME(pools_backward)(const struct unit *u, const REAL *average, const double
                          REAL *dx, int64_t threads)
 {
     int64_t C = UP(u->C), size = u->OH * u->OW, s = u->stride;
-    char *shared = room(0, 2 * (E + 2) * C * sizeof(REAL) + 2 * 64);
+    int64_t each = (2 * size * C * sizeof(REAL) + size * C * sizeof(INT) + 4 * 64) / 64 * 64;
+    char *shared = room(2 * (E + 2) * C * sizeof(REAL) + 3 * 64 + threads * each);
     if (!shared)
         return 1;
     /* of both pools: a of every edge, then b and c */
@@ -120,23 +120,16 @@ int NAME(pools_backward)(const struct unit *u, const REAL *average, const double
                          p[3 * e + kind], dots ? dots[2 * e + kind] : NULL, sums ? sums[e] : NULL,
                          (double)u->N * size, u->C);
     }
-    int failed = 0;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        char *own = room(1, 3 * size * C * sizeof(REAL) + 3 * 64);
+        char *own = own_part(shared, each);
         REAL *grads[2] = {take(&own, size * C, sizeof(REAL)), take(&own, size * C, sizeof(REAL))};
         INT *places = take(&own, size * C, sizeof(INT));
-        if (grads[0]) {  /* one of the pools may not be there */
-            memset(grads[0], 0, size * C * sizeof(REAL));
-            memset(grads[1], 0, size * C * sizeof(REAL));
-            memset(places, 0, size * C * sizeof(INT));
-        }
+        memset(grads[0], 0, size * C * sizeof(REAL));  /* one of the pools may not be there */
+        memset(grads[1], 0, size * C * sizeof(REAL));
+        memset(places, 0, size * C * sizeof(INT));
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < u->N; n++) {
-            if (!grads[0]) {
-                failed = 1;
-                continue;
-            }
             for (int64_t i = 0; i < size; i++) {  /* through BatchNorm */
                 int64_t oy = i / u->OW, ox = i % u->OW, at = n * size + i;
                 int64_t seen = (UNTIL(oy, s, u->H) - FROM(oy, s)) * (UNTIL(ox, s, u->W) - FROM(ox, s));
@@ -179,5 +172,5 @@ int NAME(pools_backward)(const struct unit *u, const REAL *average, const double
                 }
         }
     }
-    return failed;
+    return 0;
 }

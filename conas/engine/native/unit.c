@@ -96,7 +96,9 @@ int NAME(unit_forward)(const struct unit *u, const REAL *x, const double *in_sta
 {
     int64_t C = UP(u->C), K = UP(u->K), I = u->kind == HALVES ? 2 * C : C, pad = PAD(u), size = u->kernel * u->kernel;
     int64_t rows = ROWS(u), group = rows * u->OW, image = u->H * (u->W + 2 * pad) * C;
-    char *shared = room(0, (size * C + I * K + 2 * C) * sizeof(REAL) + u->N * 2 * K * sizeof(double) + 8 * 64);
+    int64_t each = ((image + group * (I + K)) * sizeof(REAL) + 4 * 64) / 64 * 64;  /* bytes, of a thread */
+    char *shared = room((size * C + I * K + 2 * C) * sizeof(REAL) + u->N * 2 * K * sizeof(double) + 8 * 64
+                        + threads * each);
     if (!shared)
         return 1;
     REAL *wd = take(&shared, size * C, sizeof(REAL)), *w = take(&shared, I * K, sizeof(REAL));
@@ -108,20 +110,14 @@ int NAME(unit_forward)(const struct unit *u, const REAL *x, const double *in_sta
     if (in_stat)
         NAME(affine)(in_a, in_b, in_stat, 1, u->C);
     memset(parts, 0, u->N * 2 * K * sizeof(double));
-    int failed = 0;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        char *own = room(1, (image + group * (I + K)) * sizeof(REAL) + 4 * 64);
+        char *own = own_part(shared, each);
         REAL *xp = take(&own, image, sizeof(REAL)), *z = take(&own, group * I, sizeof(REAL));
         REAL *padded = take(&own, group * K, sizeof(REAL));
-        if (xp)
-            memset(xp, 0, image * sizeof(REAL));
+        memset(xp, 0, image * sizeof(REAL));
 #pragma omp for schedule(static)
-        for (int64_t n = 0; n < u->N; n++) {
-            if (!xp) {
-                failed = 1;
-                continue;
-            }
+        for (int64_t n = 0; n < u->N; n++)
             for (int64_t oy = 0, ready = 0; oy < u->OH; oy += rows) {
                 int64_t P = MIN(rows, u->OH - oy) * u->OW;
                 ready = NAME(rectify)(xp, u, pad, x + n * u->H * u->W * u->ld, in_stat ? in_a : NULL, in_b, ready,
@@ -137,9 +133,8 @@ int NAME(unit_forward)(const struct unit *u, const REAL *x, const double *in_sta
                 if (stat)
                     NAME(observe)(parts + n * 2 * K, oy * u->OW, sums, K, P, u->K);
             }
-        }
     }
-    if (stat && !failed)
+    if (stat)
         NAME(conclude)(stat, parts, u->N, u->OH * u->OW, u->K, u->eps);
-    return failed;
+    return 0;
 }

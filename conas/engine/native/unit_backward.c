@@ -10,7 +10,7 @@ INLINE void NAME(emit_row)(REAL *dx, int64_t ld, const REAL *d, const REAL *xp, 
     for (int64_t v = 0; v < channels; v += L) {
         int64_t left = channels - v, w = 0;
         V dot[4] = {{0}}, sum[4] = {{0}};
-#define PIXEL(j) \
+#define PIXEL(j) { \
         V value = READ(xp + (w + j) * C + v), grad = NAME(keep)(READ(d + (w + j) * C + v), value > 0); \
         REAL *to = dx + (w + j) * ld + v; \
         __builtin_prefetch(to + AHEAD * ld, 1); \
@@ -18,15 +18,12 @@ INLINE void NAME(emit_row)(REAL *dx, int64_t ld, const REAL *d, const REAL *xp, 
             dot[j] += grad * value; \
             sum[j] += grad; \
         } \
-        NAME(store)(to, add ? NAME(load)(to, left) + grad : grad, left);
+        NAME(store)(to, add ? NAME(load)(to, left) + grad : grad, left); }
         for (; w + 4 <= W; w += 4)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
+            EACH(j, 4, 4)
                 PIXEL(j)
-            }
-        for (; w < W; w++) {
+        for (; w < W; w++)
             PIXEL(0)
-        }
 #undef PIXEL
         if (with_sums) {
             V all = (dot[0] + dot[1]) + (dot[2] + dot[3]), alone = (sum[0] + sum[1]) + (sum[2] + sum[3]);
@@ -62,8 +59,10 @@ int NAME(unit_backward)(const struct unit *u, const REAL *x, const double *in_st
     int64_t C = UP(u->C), K = UP(u->K), I = u->kind == HALVES ? 2 * C : C, pad = PAD(u), size = u->kernel * u->kernel;
     int64_t rows = ROWS(u), group = rows * u->OW, width = (u->W + 2 * pad) * C, image = u->H * width;
     int64_t blocks = MIN(u->N, PARTS), part = d_pw ? K * I + size * C : 0, spread = dx && u->kind == DEPTHWISE;
-    char *shared = room(0, (2 * size * C + I * K + 2 * C + 3 * K + blocks * (part + 16)) * sizeof(REAL)
-                           + blocks * 2 * C * sizeof(double) + 12 * 64);
+    int64_t room_of_dz = spread ? u->OH * width : 0;
+    int64_t each = ((image + group * (2 * I + K) + room_of_dz + 2 * u->W * C) * sizeof(REAL) + 8 * 64) / 64 * 64;
+    char *shared = room((2 * size * C + I * K + 2 * C + 3 * K + blocks * (part + 16)) * sizeof(REAL)
+                        + blocks * 2 * C * sizeof(double) + 12 * 64 + threads * each);
     if (!shared)
         return 1;
     REAL *wd = take(&shared, size * C, sizeof(REAL)), *turned = take(&shared, size * C, sizeof(REAL));
@@ -82,26 +81,18 @@ int NAME(unit_backward)(const struct unit *u, const REAL *x, const double *in_st
     NAME(slopes)(a, b, c, stat, p, dot, sum, (double)u->N * u->OH * u->OW, u->K);
     memset(sums, 0, blocks * 2 * C * sizeof(double));
     memset(parts, 0, blocks * part * sizeof(REAL));
-    int failed = 0;
 #pragma omp parallel num_threads((int)threads) if (threads > 1)
     {
-        char *own = room(1, (image + group * (2 * I + K) + (spread ? u->OH * width : 0) + 2 * u->W * C) * sizeof(REAL)
-                            + 8 * 64);
+        char *own = own_part(shared, each);
         REAL *xp = take(&own, image, sizeof(REAL)), *z = take(&own, group * I, sizeof(REAL));
         REAL *dz = take(&own, group * I, sizeof(REAL)), *dy = take(&own, group * K, sizeof(REAL));
-        REAL *row = take(&own, 2 * u->W * C, sizeof(REAL)), *dzp = take(&own, spread ? u->OH * width : 0, sizeof(REAL));
-        if (xp) {
-            memset(xp, 0, image * sizeof(REAL));
-            memset(dzp, 0, (spread ? u->OH * width : 0) * sizeof(REAL));
-        }
+        REAL *row = take(&own, 2 * u->W * C, sizeof(REAL)), *dzp = take(&own, room_of_dz, sizeof(REAL));
+        memset(xp, 0, image * sizeof(REAL));
+        memset(dzp, 0, room_of_dz * sizeof(REAL));
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {
             REAL *of_pw = parts + block * part, *of_dw = of_pw + K * I;
             double *of_x = in_stat ? sums + block * 2 * C : NULL;
-            if (!xp) {
-                failed = 1;
-                continue;
-            }
             for (int64_t n = block * u->N / blocks; n < (block + 1) * u->N / blocks; n++) {
                 REAL *to = dx ? dx + n * u->H * u->W * u->ld : NULL;
                 int64_t ready = 0, done = 0;  /* rows of xp, and of dx */
@@ -124,17 +115,11 @@ int NAME(unit_backward)(const struct unit *u, const REAL *x, const double *in_st
                     for (int64_t r = oy; r < oy + count; r++) {
                         const REAL *of_z = dz + (r - oy) * u->OW * I;
                         if (u->kind == DEPTHWISE && d_pw) {
-                            const REAL *from[LARGEST];
-                            REAL *into[LARGEST];
-                            int64_t taps = 0;
-                            for (int64_t t = 0; t < u->kernel; t++) {
-                                int64_t h = r * u->stride + t * u->dilation - pad;
-                                if (h >= 0 && h < u->H) {
-                                    from[taps] = xp + h * width;
-                                    into[taps++] = of_dw + t * u->kernel * C;
-                                }
-                            }
-                            NAME(kernel_gradient)(into, from, of_z, taps, C, u->OW, u->kernel, u->stride, u->dilation);
+                            const REAL *from[LARGEST], *into[LARGEST];
+                            int64_t taps = NAME(meet)(from, into, xp, u->H, width, 1, r * u->stride - pad, of_dw,
+                                                      u->kernel, u->dilation, C);
+                            NAME(kernel_gradient)((REAL *const *)into, from, of_z, taps, C, u->OW, u->kernel, u->stride,
+                                                  u->dilation);
                         }
                         if (spread)  /* with zeros between the pixels if there is a stride */
                             for (int64_t i = 0; i < u->OW; i++)
@@ -153,14 +138,8 @@ int NAME(unit_backward)(const struct unit *u, const REAL *x, const double *in_st
                     int64_t until = oy + count < u->OH ? MIN(u->H, (oy + count) * u->stride - pad) : u->H;
                     for (; spread && done < until; done++) {
                         const REAL *from[LARGEST], *ws[LARGEST];
-                        int64_t taps = 0;
-                        for (int64_t t = 0; t < u->kernel; t++) {  /* of the turned kernel */
-                            int64_t r = done - pad + t * u->dilation;
-                            if (r >= 0 && r % u->stride == 0 && r / u->stride < u->OH) {
-                                from[taps] = dzp + r / u->stride * width;
-                                ws[taps++] = turned + t * u->kernel * C;
-                            }
-                        }
+                        int64_t taps = NAME(meet)(from, ws, dzp, u->OH, width, u->stride, done - pad, turned, u->kernel,
+                                                  u->dilation, C);
                         NAME(convolve)(row, from, ws, taps, C, u->W, u->kernel, 1, u->dilation);
                         NAME(emit)(to + done * u->W * u->ld, u->ld, row, xp + done * width + pad * C, u->W, u->C, add,
                                    of_x);
@@ -169,8 +148,6 @@ int NAME(unit_backward)(const struct unit *u, const REAL *x, const double *in_st
             }
         }
     }
-    if (failed)
-        return 1;
     if (dx_sums)
         for (int64_t i = 0; i < 2 * u->C; i++) {
             dx_sums[i] = 0;
