@@ -1,12 +1,16 @@
 """What a piece of work costs that does not depend on the clock: operator calls, FLOPs, and memory at its peak."""
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
+
+from conas.engine.native.loader import kernels
+from conas.engine.native.parts import DEPTHWISE, Sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -30,10 +34,54 @@ def operator_calls(work: Callable[[], object]) -> int:
 
 
 def flops(work: Callable[[], object]) -> int:
-    """Floating-point operations of the convolutions and matrix products of `work`, two for a multiply-add."""
-    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward}) as counter:
+    """Floating-point operations of the convolutions and matrix products of `work`, two for a multiply-add.
+
+    Those of kernels in C are counted where they search and train, by the sizes they are told; what they compute again,
+    and evaluation's kernel, are not.
+    """
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward}) as counter, \
+            _kernel_flops() as of_kernels:
         work()
-    return counter.get_total_flops()
+    return counter.get_total_flops() + sum(of_kernels)
+
+
+@contextmanager
+def _kernel_flops() -> Iterator[list[int]]:
+    """Inside, every call of a kernel with convolutions appends what it computes."""
+    found, counted = [], {"unit_forward": _unit_forward, "unit_backward": _unit_backward}
+
+    def counting(kernel: Callable, count: Callable) -> Callable:
+        def call(size, *others):
+            found.append(count(getattr(size, "_obj", size), *others))
+            return kernel(size, *others)
+        return call
+
+    library = kernels()
+    originals = [(table, name, getattr(table, name)) for table in (library.tables() if library else [])
+                 for name in counted]
+    for table, name, kernel in originals:
+        setattr(table, name, counting(kernel, counted[name]))
+    try:
+        yield found
+    finally:
+        for table, name, kernel in originals:
+            setattr(table, name, kernel)
+
+
+def _convolutions(u: Sizes) -> tuple[int, int]:
+    """FLOPs of a unit's depthwise and pointwise convolution."""
+    pixels = u.N * u.OH * u.OW
+    return 2 * pixels * u.C * u.kernel ** 2 * (u.kind == DEPTHWISE), 2 * pixels * u.C * u.K
+
+
+def _unit_forward(u: Sizes, *_others) -> int:
+    return sum(_convolutions(u))
+
+
+def _unit_backward(u: Sizes, *others) -> int:
+    depthwise, pointwise = _convolutions(u)
+    of_x, of_weights = (others[i] is not None for i in (12, 16))  # dx and d_pw of unit_backward.c
+    return of_x * depthwise + (of_x or depthwise > 0) * pointwise + of_weights * (depthwise + pointwise)
 
 
 def _backward(grad: Tensor, x: Tensor, weight: Tensor, *settings, out_val=None) -> int:

@@ -14,9 +14,10 @@ pixels in float32: an architect step, a weight step and an evaluation (no gradie
 gives one ratio of each; printed are medians and quartiles, by processor time with one thread on a CPU, which other work
 on the machine disturbs less, else by the wall clock. On CUDA, ours are graphs, as in train_search.py and test_all.py;
 steps by themselves are not. Memory is that of the first iterations, less what imports take; on CUDA, of tensors. Calls
-and FLOPs, of torch's operators, are counted on the CPU only, and not with --times_only; those of kernels in C are not
-seen, so ours has no share of the matmul peak where these compute. Writes benchmarks/results/search_step-DEVICE.json,
-which keeps the last result of every setting, and draws img/search_step.svg, or img/search_step-cuda.svg.
+and FLOPs are counted on the CPU only, and not with --times_only: calls of torch's operators, and FLOPs of
+convolutions and matrix products, in kernels too, but for what these compute again. Writes
+benchmarks/results/search_step-DEVICE.json, which keeps the last result of every setting, and draws
+img/search_step.svg, or img/search_step-cuda.svg.
 """
 import argparse
 import json
@@ -32,7 +33,6 @@ from benchmarks.machine import RESULTS, machine, several, spread, write
 from benchmarks.search_step_figure import draw
 from benchmarks.turns import Player, stopwatch
 from conas.cli import find_device
-from conas.engine.native.loader import kernels
 
 BASELINES = "textbook", "channels_last"
 WORKS = "architect", "weights", "evaluation"
@@ -97,13 +97,14 @@ def compare(sizes: dict, rounds: int, device: torch.device, kept: str, times_onl
         result["peak_bytes"] = {player.name: player.peak_bytes for player in players}
         if device.type == "cuda" or times_only:
             return result
-        for count in "operator_calls", "flops":
-            result[count] = {player.name: {work: player.ask(count, work) for work in WORKS} for player in players}
+        result["operator_calls"] = {player.name: {work: player.ask("operator_calls", work) for work in WORKS}
+                                    for player in players}
+        result["flops"] = {player.name: {work: player.ask("flops", work) for work in WORKS[:2]} for player in players}
     peak = matmul_peak(device, stopwatch(device))
     result["matmul_flops_per_second"] = peak
     result["share_of_matmul_peak"] = {
-        name: sum(of[work] for work in WORKS[:2]) / result["seconds"][name]["iteration"]["median"] / peak
-        for name, of in result["flops"].items() if name != "ours" or kernels() is None}  # which no counter sees
+        name: sum(of.values()) / result["seconds"][name]["iteration"]["median"] / peak
+        for name, of in result["flops"].items()}
     return result
 
 

@@ -1,5 +1,6 @@
 """What the benchmark of the search step counts, operator calls and FLOPs, and a short run of that of an epoch."""
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -8,6 +9,10 @@ from torch.nn.functional import conv2d
 from benchmarks.contestant import Contestant
 from benchmarks.counts import flops, operator_calls
 from benchmarks.turns import Player
+from conas.darts.operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv
+from conas.engine.native.functions import run_operation
+from conas.engine.native.loader import kernels
+from conas.engine.native.parts import read
 from tests.conftest import clone
 
 
@@ -26,6 +31,24 @@ def test_depthwise_backward_counts_as_its_three_convolutions():
     once = 2 * 9 * (2 * 6 * 8 * 8)
     assert flops(lambda: conv2d(x, weight, padding=1, groups=6)) == once
     assert flops(lambda: conv2d(x, weight, padding=1, groups=6).sum().backward()) == 3 * once
+
+
+@pytest.mark.skipif(kernels() is None, reason="no kernels here")
+@pytest.mark.parametrize("module", [SepConv(8, 5, 1, False), SepConv(8, 3, 2, False), DilConv(8, 3, 1, False),
+                                    ReLUConvBN(6, 8, 1, 1, 0, False), FactorizedReduce(8, 8, False)])
+def test_kernels_count_as_the_convolutions_that_they_compute(module):
+    x, passes = torch.randn(2, 6 if isinstance(module, ReLUConvBN) else 8, 16, 16), (1, 2, 3)
+    def work(run, wanted):
+        for parameter in module.parameters():
+            parameter.requires_grad_(wanted > 2)
+        y = run(x.clone().requires_grad_(wanted > 1))
+        if wanted > 1:
+            y.sum().backward()
+    by_kernels = partial(run_operation, kernels(), read(module), weights=list(module.parameters()), training=True)
+    found = [flops(partial(work, by_kernels, wanted)) for wanted in passes]
+    assert found == [flops(partial(work, module, wanted)) for wanted in passes]
+    assert found == [found[0], 2 * found[0], 3 * found[0]]
+    assert flops(lambda: None) == 0
 
 
 def test_the_textbook_in_channels_last_computes_the_same_in_that_format():
