@@ -31,7 +31,7 @@ from benchmarks.contestant import Contestant
 from benchmarks.counts import ROOT, matmul_peak
 from benchmarks.machine import RESULTS, machine, several, spread, write
 from benchmarks.search_step_figure import draw
-from benchmarks.turns import Player, stopwatch
+from benchmarks.turns import Player, clocks
 from conas.cli import find_device
 
 BASELINES = "textbook", "channels_last"
@@ -100,7 +100,8 @@ def compare(sizes: dict, rounds: int, device: torch.device, kept: str, times_onl
         result["operator_calls"] = {player.name: {work: player.ask("operator_calls", work) for work in WORKS}
                                     for player in players}
         result["flops"] = {player.name: {work: player.ask("flops", work) for work in WORKS[:2]} for player in players}
-    peak = matmul_peak(device, stopwatch(device))
+    took = clocks(device)
+    peak = matmul_peak(device, lambda work: took(work)[result["clock"]])
     result["matmul_flops_per_second"] = peak
     result["share_of_matmul_peak"] = {
         name: sum(of.values()) / result["seconds"][name]["iteration"]["median"] / peak
