@@ -2,7 +2,8 @@
 
     python -m benchmarks.table                        # what python -m benchmarks.search_step measured by the wall clock
     python -m benchmarks.table --of baselines         # the same by processor time, over both baselines
-    python -m benchmarks.table --of study             # what python -m ensemble.study report found
+    python -m benchmarks.table --of study             # what python -m ensemble.study report found, on digits
+    python -m benchmarks.table --of study-cifar10     # and on CIFAR-10
     python -m benchmarks.table --of against           # what python -m benchmarks.against 662cc92 measured
     python -m benchmarks.table --of collapse          # the searches of space S2 in docs/health.md
 
@@ -11,6 +12,7 @@ A test holds that the tables of docs/ are what this prints.
 import argparse
 import json
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 
@@ -56,20 +58,21 @@ def baselines() -> str:
             ratios = [f"{value['median']:.2f} ({value['quartiles'][0]:.2f} to {value['quartiles'][1]:.2f})"
                       for work in ("iteration", "evaluation")
                       for value in (of[f"{name}_over_ours"][work] for name in ("channels_last", "textbook"))]
-            peak = of["peak_bytes"]
+            peak, share = of["peak_bytes"], of.get("share_of_matmul_peak", {}).get("ours")
             rows.append([of["space"].removeprefix("cnn_space"), str(of["channels"]), str(of["layers"]),
-                         str(of["batch_size"]), str(of["rounds"]), *ratios,
+                         str(of["batch_size"]), of["machine"]["vectors"], str(of["rounds"]), *ratios,
                          f"{of['seconds']['ours']['iteration']['median']:.2f}",
-                         f"{peak['ours'] / 1e9:.2f} ({peak['ours'] / peak['textbook']:.2f})"])
-    head = ["space", "channels", "cells", "batch", "n", "iteration over channels_last", "over the textbook as it is",
+                         f"{peak['ours'] / 1e9:.2f} ({peak['ours'] / peak['textbook']:.2f})",
+                         "" if share is None else f"{share:.0%}"])
+    head = ["space", "channels", "cells", "batch", "vectors", "n", "iteration over channels_last", "over the textbook as it is",
             "evaluation over channels_last", "over the textbook as it is", "seconds an iteration",
-            "peak GB (share of the textbook's)"]
+            "peak GB (share of the textbook's)", "share of the matmul peak"]
     return markdown(head, sorted(rows, key=lambda row: (int(row[1]), int(row[3]), row[0])))
 
 
-def study() -> str:
+def study(data: str) -> str:
     """Committees of three spaces against committees of three seeds of one: means and 95 % intervals over seeds."""
-    results = json.loads((RESULTS / "study-digits.json").read_text(encoding="utf-8"))
+    results = json.loads((RESULTS / f"study-{data}.json").read_text(encoding="utf-8"))
     kinds = {"top1": 2, "loss": 3, "ece": 3, "disagreement": 2, "member_top1": 2}  # and decimals
 
     def shown(figures: dict, sign: str = "") -> list[str]:
@@ -127,7 +130,8 @@ def collapse() -> str:
     return markdown(head, sorted(rows))
 
 
-TABLES = {"search_step": search_step, "baselines": baselines, "study": study, "against": against, "collapse": collapse}
+TABLES = {"search_step": search_step, "baselines": baselines, "study": partial(study, "digits"),
+          "study-cifar10": partial(study, "cifar10"), "against": against, "collapse": collapse}
 
 
 def main() -> None:
