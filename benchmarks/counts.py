@@ -39,6 +39,7 @@ def flops(work: Callable[[], object]) -> int:
     Those of kernels in C are counted where they search and train, by the sizes they are told; what they compute again,
     and evaluation's kernel, are not.
     """
+    kernels()  # loaded before: they are compared with torch then, which the counter does not allow
     with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.convolution_backward: _backward}) as counter, \
             _kernel_flops() as of_kernels:
         work()
