@@ -64,9 +64,9 @@ def baselines() -> str:
                          f"{of['seconds']['ours']['iteration']['median']:.2f}",
                          f"{peak['ours'] / 1e9:.2f} ({peak['ours'] / peak['textbook']:.2f})",
                          "" if share is None else f"{share:.0%}"])
-    head = ["space", "channels", "cells", "batch", "vectors", "n", "iteration over channels_last", "over the textbook as it is",
-            "evaluation over channels_last", "over the textbook as it is", "seconds an iteration",
-            "peak GB (share of the textbook's)", "share of the matmul peak"]
+    head = ["space", "channels", "cells", "batch", "vectors", "n", "iteration over channels_last",
+            "over the textbook as it is", "evaluation over channels_last", "over the textbook as it is",
+            "seconds an iteration", "peak GB (share of the textbook's)", "share of the matmul peak"]
     return markdown(head, sorted(rows, key=lambda row: (int(row[1]), int(row[3]), row[0])))
 
 
@@ -76,7 +76,7 @@ def study(data: str) -> str:
     kinds = {"top1": 2, "loss": 3, "ece": 3, "disagreement": 2, "member_top1": 2}  # and decimals
 
     def shown(figures: dict, sign: str = "") -> list[str]:
-        return [f"{figures[kind]['mean'] + 0.0:{sign}.{digits}f} ± "
+        return [f"{round(figures[kind]['mean'], digits) + 0.0:{sign}.{digits}f} ± "
                 f"{(figures[kind]['high'] - figures[kind]['low']) / 2:.{digits}f}" for kind, digits in kinds.items()]
 
     rows = [[name, *shown(group["figures"]), f"{group['compute']['parameters'] / 1e6:.2f} M",
@@ -84,7 +84,7 @@ def study(data: str) -> str:
     against = "mean of the spaces alone"
     rows.append([f"mixed spaces minus the {against}", *shown(results["differences"][against], "+"), "", ""])
     head = ["committees of 3", "top-1 %", "loss", "ECE", "pairs disagree %", "members' top-1 %", "parameters",
-            "CPU hours"]
+            "hours"]
     of = f"{results['dataset']}, {results['images']} test images, {len(results['seeds'])} searches of each space"
     return "\n".join([of, "", markdown(head, rows)])
 
