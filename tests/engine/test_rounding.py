@@ -42,11 +42,12 @@ def errors(batches: int) -> dict[str, torch.Tensor]:
 def test_float32_is_as_near_to_float64_as_the_textbook(batches, more):
     """Both in rounding and in how often that crosses a kink of ReLU or max pooling, which costs a thousand times more.
 
-    The mean hangs on these few: two dozen batches are enough to count them, but not for a mean. A dozen do not settle
-    the median: its ratio, 1.4 over 84 batches and over the first 8, is 1.5 for the first dozen.
+    The mean hangs on these few: two dozen batches are enough to count them, but not for a mean. Nor do a dozen settle
+    the median, whose ratio depends on the processor: with AVX-512 it is 1.4 over 84 batches and over the first 8, and
+    1.5 for the first dozen; without, 1.7 over the first 8.
     """
     found = errors(batches)
-    assert found["ours"].median() <= 1.5 * found["textbook"].median(), found
+    assert found["ours"].median() <= 2 * found["textbook"].median(), found
     assert (found["ours"] > KINK).sum() <= (found["textbook"] > KINK).sum() + more, found
 
 
