@@ -38,16 +38,15 @@ def errors(batches: int) -> dict[str, torch.Tensor]:
     return {name: torch.tensor(of) for name, of in found.items()}
 
 
-@pytest.mark.parametrize("batches, more", [(8, 2), pytest.param(24, 5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("batches, more", [(24, 5)])
 def test_float32_is_as_near_to_float64_as_the_textbook(batches, more):
     """Both in rounding and in how often that crosses a kink of ReLU or max pooling, which costs a thousand times more.
 
-    The mean hangs on these few: two dozen batches are enough to count them, but not for a mean. Nor do a dozen settle
-    the median, whose ratio depends on the processor: with AVX-512 it is 1.4 over 84 batches and over the first 8, and
-    1.5 for the first dozen; without, 1.7 over the first 8.
+    The mean hangs on these few: two dozen batches are enough to count them, but not for a mean. Fewer do not settle the
+    median: its ratio, 1.2 over these without AVX-512 and 1.4 over 84 with it, is 1.7 for the first 8 without.
     """
     found = errors(batches)
-    assert found["ours"].median() <= 2 * found["textbook"].median(), found
+    assert found["ours"].median() <= 1.5 * found["textbook"].median(), found
     assert (found["ours"] > KINK).sum() <= (found["textbook"] > KINK).sum() + more, found
 
 
