@@ -40,8 +40,12 @@ class Cell(nn.Module):
         states = [self.preprocess0(s0), self.preprocess1(s1)]
         scales = drop_path_scales(len(self._ops), states[0], drop_path_prob, images) if drop_path_prob > 0 else None
         for edge in range(0, len(self._ops), 2):
-            states.append(self._edge(edge, states, scales) + self._edge(edge + 1, states, scales))
+            states.append(self._node(edge, states, scales))
         return torch.cat([states[i] for i in self.concat], dim=1)
+
+    def _node(self, edge: int, states: list[Tensor], scales: Tensor | None) -> Tensor:
+        """The sum of an edge and the next."""
+        return self._edge(edge, states, scales) + self._edge(edge + 1, states, scales)
 
     def _edge(self, edge: int, states: list[Tensor], scales: Tensor | None) -> Tensor:
         operation = self._ops[edge]

@@ -125,22 +125,24 @@ static void NAME(units)(struct unit u, int off)
     REAL *pw2 = u.kind == HALVES ? NAME(numbers)((u.K - half) * u.C) : NULL, *y = NAME(empty)(pixels * u.K, off);
     REAL *d_dw = dw ? NAME(empty)(u.C * u.kernel * u.kernel, 0) : NULL, *d_pw = NAME(empty)(half * u.C, 0);
     REAL *d_pw2 = pw2 ? NAME(empty)((u.K - half) * u.C, 0) : NULL;
-    double *stat = kept(3 * u.K * sizeof(double)), *in_stat = doubles(3 * u.C, 0.5), *dot = doubles(u.K, -1);
-    double *sum = doubles(u.K, -0.5), *running = doubles(3 * u.K, 0.5), *dx_sums = kept(2 * u.C * sizeof(double));
+    double *stat = kept(5 * u.K * sizeof(double)), *in_stat = doubles(5 * u.C, 0.5), *dot = doubles(u.K, -1);
+    double *sum = doubles(u.K, -0.5), *running = doubles(5 * u.K, 0.5), *dx_sums = kept(2 * u.C * sizeof(double));
+    double *shares = doubles(u.N, 0.5);
+    memcpy(stat, running, 5 * u.K * sizeof(double));
     for (int normalised = 0; normalised < 2; normalised++) {
         bad += NAME(unit_forward)(&u, x, normalised ? in_stat : NULL, dw, pw, pw2, y, normalised ? stat : NULL, 1);
         NAME(check)(y, pixels, u.K, u.K);
         calls++;
     }
-    for (int64_t i = 0; i < 3 * u.K; i++)
+    for (int64_t i = 0; i < 5 * u.K; i++)
         bad += !isfinite(stat[i]);
     for (int way = 0; way < 6; way++) {  /* normalised, all; added; for the alphas; weights alone; running; all */
         int64_t ldg = u.K + (way % 2 ? 3 : 0);
         REAL *g = NAME(map)(pixels, u.K, ldg, off), *dx = way == 3 ? NULL : NAME(map)(inputs, u.C, u.ld, off);
         int weights = way != 2, of_x = way == 0, by_batch = way != 4;
-        bad += NAME(unit_backward)(&u, x, of_x ? in_stat : NULL, dw, pw, pw2, y, by_batch ? stat : running, 0.75, g,
-                                   ldg, by_batch ? dot : NULL, by_batch ? sum : NULL, dx, way == 1,
-                                   of_x ? dx_sums : NULL, weights ? d_dw : NULL,
+        bad += NAME(unit_backward)(&u, x, of_x ? in_stat : NULL, dw, pw, pw2, y, by_batch ? stat : running, 0.75,
+                                   way % 2 ? shares : NULL, g, ldg, by_batch ? dot : NULL, by_batch ? sum : NULL, dx,
+                                   way == 1, of_x ? dx_sums : NULL, weights ? d_dw : NULL,
                                    weights ? d_pw : NULL, weights ? d_pw2 : NULL, 1);
         NAME(check)(dx, inputs, u.C, u.ld);
         NAME(check)(weights ? d_pw : NULL, 1, half * u.C, 1);
@@ -164,7 +166,7 @@ static void NAME(pools)(struct unit u, int off)
         REAL *average = which & 1 ? NAME(empty)(pixels * u.C, off) : NULL;
         REAL *maximum = which & 2 ? NAME(empty)(pixels * u.C, off) : NULL, *dx = NAME(map)(inputs, u.C, u.ld, off);
         int8_t *places = kept(pixels * u.C);
-        double *first = doubles(3 * u.C, 0.5), *second = doubles(3 * u.C, 0.5), *p = doubles(3 * E, 0.1);
+        double *first = doubles(5 * u.C, 0.5), *second = doubles(5 * u.C, 0.5), *p = doubles(3 * E, 0.1);
         bad += NAME(pools_forward)(&u, x, average, which == 3 ? NULL : first, maximum, places, second, 1);
         NAME(check)(average, pixels, u.C, u.C);
         NAME(check)(maximum, pixels, u.C, u.C);
@@ -177,19 +179,21 @@ static void NAME(pools)(struct unit u, int off)
     forget();
 }
 
-static void NAME(sums)(int64_t P, int64_t C, int off)
+static void NAME(sums)(int64_t N, int64_t P, int64_t C, int off)
 {
     const REAL *maps[3];
     int64_t lds[3] = {C, C + 3, 4 * C}, ldo = C + 2;
-    const double *stats[3] = {doubles(3 * C, 0.5), NULL, doubles(3 * C, 0.75)}, *p = doubles(3, 0.2);
+    const double *stats[3] = {doubles(5 * C, 0.5), NULL, doubles(5 * C, 0.75)}, *p = doubles(3 * N, 0.2);
     for (int m = 0; m < 3; m++)
-        maps[m] = NAME(map)(P, C, lds[m], off);
+        maps[m] = NAME(map)(N * P, C, lds[m], off);
     for (int64_t count = 0; count < 4; count++) {
-        REAL *out = NAME(empty)(NAME(length)(P, C, ldo), off);
+        REAL *out = NAME(empty)(NAME(length)(N * P, C, ldo), off);
         double *dots = kept((count + 1) * C * sizeof(double));
-        bad += NAME(combine)(P, C, count, maps, lds, stats, p, out, ldo, 1);
-        NAME(check)(out, P, C, ldo);
-        bad += NAME(dots)(P, C, count, maps, lds, stats, maps[1], lds[1], dots, 1);
+        if (count) {
+            bad += NAME(combine)(N, P, C, count, maps, lds, stats, p, out, ldo, 1);
+            NAME(check)(out, N * P, C, ldo);
+        }
+        bad += NAME(dots)(N, P, C, count, maps, lds, stats, N > 1 ? p : NULL, maps[1], lds[1], dots, 1);
         for (int64_t i = 0; i < (count + 1) * C; i++)
             bad += !isfinite(dots[i]);
         calls += 2;
@@ -260,9 +264,10 @@ static void NAME(all)(void)
                     NAME(steps)(u, 1, 1, off);
                 }
             }
-            NAME(sums)(N * H * W, K, off);
+            NAME(sums)(N, H * W, K, off);
         }
-    NAME(sums)(WIDE == 1 ? 6000 : 700, WIDE == 1 ? 3 : 48, 1);  /* several chunks */
+    for (int64_t N = 1; N < 3; N++)
+        NAME(sums)(N, WIDE == 1 ? 6000 : 700, WIDE == 1 ? 3 : 48, 1);  /* several chunks */
 }
 
 #undef STEP

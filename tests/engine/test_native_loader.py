@@ -95,10 +95,10 @@ def spoiled(kernel, arguments):
     """A kernel's arguments with another number among them."""
     arguments = list(arguments)
     if kernel in ("combine", "pools_backward"):  # the shares
-        place = 6 if kernel == "combine" else 7
+        place = 7
         arguments[place] = type(arguments[place])(*(0.5 * p for p in arguments[place]))
     elif kernel == "dots":
-        arguments[0] -= 1  # pixels
+        arguments[1] -= 1  # pixels
     elif kernel == "unit_forward":
         arguments[4] += 4  # weights that begin one later
     elif kernel in ("pools_forward", "evaluate"):

@@ -19,10 +19,11 @@ EXACT = dict(rtol=1e-9, atol=1e-11)
 
 
 def varied(module):
-    """In float64, with BatchNorms whose weights and biases are no ones and zeros."""
+    """In float64, with BatchNorms whose weights and biases are no ones and zeros, but for a channel that is lost."""
     for p in module.parameters():
         if p.dim() == 1:
             nn.init.uniform_(p, -0.5, 1.5)
+            p.data[0] = 0
     return module.double().to(memory_format=torch.channels_last).train()
 
 
@@ -48,14 +49,16 @@ def test_an_operation_its_gradients_and_statistics_are_torchs(make):
     torch.testing.assert_close(found[1], found[0], **EXACT)
 
 
-def test_steps_of_a_network_are_the_same_and_evaluation_runs_the_modules():
+@pytest.mark.parametrize("cells, drop_path_prob", [("DARTS_V2", 0.3), ("AmoebaNet", 0.3), ("NASNet", 0.0)])
+def test_steps_of_a_network_are_the_same_and_evaluation_runs_the_modules(cells, drop_path_prob):
+    """With skips, pools and an operation that kernels do not know."""
     torch.manual_seed(0)
-    plain = varied(NetworkCIFAR(4, 10, 3, True, GENOTYPES["DARTS_V2"]))
+    plain = varied(NetworkCIFAR(4, 10, 3, True, GENOTYPES[cells]))
     ours = deepcopy(plain)
     assert train_by_kernels(ours, kernels()) > 10
     for network in plain, ours:
         use_exact_sums(accelerate_convolutions(network)).frozen = False
-        network.drop_path_prob = 0.3
+        network.drop_path_prob = drop_path_prob
         optimizer = torch.optim.SGD(network.parameters(), 0.1, 0.9)
         for step in range(2):
             torch.manual_seed(step)
@@ -67,3 +70,17 @@ def test_steps_of_a_network_are_the_same_and_evaluation_runs_the_modules():
     torch.testing.assert_close(ours.state_dict(), plain.state_dict(), rtol=1e-7, atol=1e-9)
     with torch.no_grad():
         torch.testing.assert_close(ours.eval()(x), plain.eval()(x), rtol=1e-7, atol=1e-9)
+
+
+def test_a_hook_sees_its_operation_and_changes_what_comes_out():
+    torch.manual_seed(0)
+    network = varied(NetworkCIFAR(4, 10, 2, False, GENOTYPES["DARTS_V2"]))
+    train_by_kernels(network, kernels())
+    x, operation = torch.randn(2, 3, 32, 32, dtype=torch.float64), network.cells[0]._ops[0]
+    before, shapes = network(x), []
+    hook = operation.register_forward_hook(lambda _module, _given, out: shapes.append(out.shape))
+    torch.testing.assert_close(network(x), before, **EXACT)
+    assert shapes == [(2, 8, 16, 16)]
+    hook.remove()
+    operation.register_forward_hook(lambda _module, _given, out: 2 * out)
+    assert not torch.allclose(network(x), before)

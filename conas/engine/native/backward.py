@@ -71,7 +71,7 @@ class Backward:
             for of, value in zip((maps, lds, records), found):
                 of.append(value)
         self.dots[node] = self.out.new_empty((len(maps) + 1, C), dtype=torch.float64)
-        self.calls.dots(shape.pixels[-1], C, len(maps), pointers(maps), integers(lds), pointers(records),
+        self.calls.dots(1, shape.pixels[-1], C, len(maps), pointers(maps), integers(lds), pointers(records), None,
                         self.d_state[2 + node], NODES * C, self.dots[node].data_ptr(), self.threads)
 
     def _sums(self, node: int, row: int) -> int | None:
@@ -91,7 +91,7 @@ class Backward:
                          (forward.state[term.source], None))
             self.calls.unit_backward(
                 sizes[i], x, record, *forward._addresses(forward.weight, offsets[i], unit.kind), forward.map[row],
-                forward._record(row), p, grad, ld, dot, total,
+                forward._record(row), p, None, grad, ld, dot, total,
                 self.between.data_ptr() if i else self.d_state[term.source], i == 0,
                 self.sums.data_ptr() if i else None, *self._gradients(offsets[i], unit.kind), self.threads)
             p, grad, ld = 1.0, self.between.data_ptr(), C
@@ -140,15 +140,16 @@ class Backward:
         """From the gradient of one of the first two states to that of the cell's input, and of the weights between."""
         cell, forward, sizes = self.cell, self.forward, self.shape.inputs[state]
         unit, pixels, C, wanted = cell.preprocess[state], self.shape.pixels[state], cell.C, self.of_inputs[state]
-        self.calls.dots(pixels, C, 1, pointers([forward.map[state]]), integers([C]), pointers([forward._record(state)]),
-                        self.d_state[state], C, self.sums.data_ptr(), self.threads)
+        self.calls.dots(1, pixels, C, 1, pointers([forward.map[state]]), integers([C]),
+                        pointers([forward._record(state)]), None, self.d_state[state], C, self.sums.data_ptr(),
+                        self.threads)
         x = self.inputs[state]
         d_x = torch.empty_like(x) if wanted else None
         dot, total = (self.sums.data_ptr(), self.sums.data_ptr() + 8 * C) if self.training else (None, None)
         weights = cell.weights[state]
         self.calls.unit_backward(
             byref(sizes), x.data_ptr(), None, *forward._addresses(forward.weight, weights, unit.kind),
-            forward.map[state], forward._record(state), 1.0, self.d_state[state], C, dot, total,
+            forward.map[state], forward._record(state), 1.0, None, self.d_state[state], C, dot, total,
             d_x.data_ptr() if wanted else None, 0, None, *self._gradients(weights, unit.kind), self.threads)
         return d_x.permute(0, 3, 1, 2) if wanted else None
 

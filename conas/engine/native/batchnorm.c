@@ -1,5 +1,5 @@
 /* The sums of BatchNorm over a batch, and what it does to images and gradients. Its record is
-   `stat` (3, K): mean, biased variance and 1/std of every channel.
+   `stat` (5, K): mean, biased variance and 1/std of every channel, and what BatchNorm then multiplies by and adds.
 
    A part of kernels.c, which includes it once for each type and width. */
 
@@ -35,7 +35,7 @@ static void NAME(observe)(double *part, int64_t seen, const REAL *y, int64_t ld,
     }
 }
 
-/* The record of all images, from the parts of each, of P pixels. */
+/* The record of all images but for its last two rows, from the parts of each, of P pixels. */
 static void NAME(conclude)(double *stat, const double *parts, int64_t N, int64_t P, int64_t K, double eps)
 {
     for (int64_t c = 0; c < K; c++) {
@@ -52,23 +52,26 @@ static void NAME(conclude)(double *stat, const double *parts, int64_t N, int64_t
     }
 }
 
-/* a (C,) and b (C,), padded, so that BatchNorm(x) = a x + b times p; without a record p x. */
-static void NAME(affine)(REAL *a, REAL *b, const double *stat, double p, int64_t C)
+/* a (C,) and b (C,), padded: BatchNorm(x) = a x + b or, unless `all`, what it multiplies; x without a record. */
+static void NAME(affine)(REAL *a, REAL *b, const double *stat, const int all, int64_t C)
 {
     for (int64_t c = 0; c < UP(C); c++) {
-        a[c] = c >= C ? 0 : stat ? p * stat[2 * C + c] : p;
-        b[c] = c < C && stat ? -p * stat[2 * C + c] * stat[c] : 0;
+        double weight = all && c < C && stat ? stat[3 * C + c] : 1;
+        a[c] = c >= C ? 0 : stat ? weight * stat[2 * C + c] : 1;
+        b[c] = c < C && stat ? (all ? stat[4 * C + c] : 0) - weight * stat[2 * C + c] * stat[c] : 0;
     }
 }
 
 /* The gradient of p BatchNorm(y) for that of the sum it is in, g: dL/dy = a g + b y + c. With y^ = BatchNorm(y) by a
-   batch of `pixels`, `dot` (K,) = sum g y^ and `sum` (K,) = sum g: p / std (g - sum / pixels - y^ dot / pixels). Adds
-   to b and c. By running statistics, where dot is NULL, p / std g. */
+   batch of `pixels`, before its weight w, `dot` (K,) = sum g y^ and `sum` (K,) = sum g:
+   p w / std (g - sum / pixels - y^ dot / pixels). Adds to b and c. By running statistics, where dot is NULL,
+   p w / std g. */
 static void NAME(slopes)(REAL *a, REAL *b, REAL *c, const double *stat, double p, const double *dot, const double *sum,
                          double pixels, int64_t K)
 {
     for (int64_t i = 0; i < K; i++) {
-        double scale = p * stat[2 * K + i], slope = dot ? scale * stat[2 * K + i] * dot[i] / pixels : 0;
+        double scale = p * stat[3 * K + i] * stat[2 * K + i];
+        double slope = dot ? scale * stat[2 * K + i] * dot[i] / pixels : 0;
         a[i] = scale;
         b[i] -= slope;
         c[i] += dot ? slope * stat[i] - scale * sum[i] / pixels : 0;

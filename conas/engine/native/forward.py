@@ -10,7 +10,7 @@ from conas.darts.genotype import NODES
 from conas.engine.manual_grad import Tape
 from conas.engine.native.backward import Backward
 from conas.engine.native.library import integers, pointers, reals, threads
-from conas.engine.native.parts import DEPTHWISE, POOLS, Seen, Term, check_pixels, running_records
+from conas.engine.native.parts import DEPTHWISE, POOLS, Seen, Term, check_pixels, new_records, running_records
 
 
 class Forward:
@@ -35,7 +35,7 @@ class Forward:
         before, states = new((2, N, shape.H, shape.W, C)), new((2, N, shape.H, shape.W, C))
         maps, out = new((len(cell.rows) - 2, N, OH, OW, C)), new((N, OH, OW, NODES * C))
         self.places = torch.empty(2 + NODES, N, OH, OW, C, dtype=torch.int8)
-        self.records = (torch.empty(len(cell.rows), 3, C, dtype=torch.float64) if self.training else
+        self.records = (new_records(len(cell.rows), C) if self.training else
                         running_records(cell.eval_norms))
         self._locate(before, maps, states, out)
         for i, sizes in enumerate(shape.inputs):
@@ -85,7 +85,7 @@ class Forward:
         self.place = [self.places.data_ptr() + i * self.places[0].numel() for i in range(len(self.places))]
 
     def _record(self, row: int) -> int:
-        return self.record + row * 24 * self.cell.C  # three doubles for each channel
+        return self.record + row * 40 * self.cell.C  # five doubles for each channel
 
     def _addresses(self, base: int, offsets: Sequence[int], kind: int) -> tuple[int | None, ...]:
         """Of a unit's depthwise and pointwise weights."""
@@ -113,9 +113,9 @@ class Forward:
                                  self.place[source], of_maximum, self.threads)
 
     def _combine(self, pixels: int, summands: Sequence[tuple], out: int, ld: int) -> None:
-        maps, lds, records, p = zip(*summands) if summands else ((), (), (), ())
-        self.calls.combine(pixels, self.cell.C, len(maps), pointers(maps), integers(lds), pointers(records), reals(p),
-                           out, ld, self.threads)
+        maps, lds, records, p = zip(*(summands or [(self.state[0], self.shape.lds[0], None, 0.0)]))
+        self.calls.combine(1, pixels, self.cell.C, len(maps), pointers(maps), integers(lds), pointers(records),
+                           reals(p), out, ld, self.threads)
 
     def first_own(self, module: nn.Module) -> tuple[int, int]:
         """From where to where the parameters of an own operation are in `own`."""

@@ -11,11 +11,11 @@ POINTER, INT, REAL = ctypes.c_void_p, ctypes.c_int64, ctypes.c_double
 # name: the types of its arguments; the last are the threads
 KERNELS = {
     "unit_forward": [POINTER] * 8 + [INT],
-    "unit_backward": [POINTER] * 8 + [REAL, POINTER, INT, POINTER, POINTER, POINTER, INT] + [POINTER] * 4 + [INT],
+    "unit_backward": [POINTER] * 8 + [REAL, POINTER, POINTER, INT] + [POINTER] * 3 + [INT] + [POINTER] * 4 + [INT],
     "pools_forward": [POINTER] * 7 + [INT],
     "pools_backward": [POINTER] * 6 + [INT, POINTER, POINTER, INT] + [POINTER] * 3 + [INT],
-    "combine": [INT, INT, INT] + [POINTER] * 5 + [INT, INT],
-    "dots": [INT, INT, INT] + [POINTER] * 4 + [INT, POINTER, INT],
+    "combine": [INT] * 4 + [POINTER] * 5 + [INT, INT],
+    "dots": [INT] * 4 + [POINTER] * 5 + [INT, POINTER, INT],
     "evaluate": [POINTER, POINTER, INT, POINTER, POINTER, POINTER, INT, INT],
 }
 SUFFIXES = {torch.float32: ("float", "float_wide"), torch.float64: ("double", "double")}

@@ -69,7 +69,7 @@ class Seen(NamedTuple):
     """What a pass in training has seen: for each row the modules whose running statistics follow it."""
 
     norms: Sequence[Sequence[nn.BatchNorm2d]]
-    records: Tensor  # (rows, 3, C): mean, biased variance, 1/std
+    records: Tensor  # (rows, 5, C): mean, biased variance, 1/std, weight, bias
     pixels: Sequence[int]  # by row
 
 
@@ -79,12 +79,21 @@ def check_pixels(pixels: Sequence[int]) -> None:
         raise ValueError("Expected more than 1 value per channel when training")
 
 
+def new_records(rows: int, C: int) -> Tensor:
+    """Records (rows, 5, C), see batchnorm.c, of BatchNorms without weights, for kernels to fill in."""
+    records = torch.empty(rows, 5, C, dtype=torch.float64)
+    records[:, 3], records[:, 4] = 1, 0
+    return records
+
+
 def running_records(norms: Sequence[nn.BatchNorm2d]) -> Tensor:
-    """The records (norms, 3, C), see kernels.c, of their running statistics."""
+    """The same of running statistics."""
+    records = new_records(len(norms), len(norms[0].running_mean))
     mean, variance = (torch.stack([getattr(norm, f"running_{name}") for norm in norms]).double()
                       for name in ("mean", "var"))
     eps = torch.tensor([norm.eps for norm in norms], dtype=torch.float64)
-    return torch.stack([mean, variance, (variance + eps[:, None]).rsqrt()], 1)
+    records[:, 0], records[:, 1], records[:, 2] = mean, variance, (variance + eps[:, None]).rsqrt()
+    return records
 
 
 def pool_sizes(N: int, H: int, W: int, C: int, ld: int, stride: int, eps: float) -> Sizes:

@@ -60,13 +60,16 @@ def _results(library: Library, dtype: torch.dtype, C: int) -> Iterator[tuple[str
 
 def _sums(library: Library, dtype: torch.dtype, C: int, draw) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Of the kernels for sums of maps."""
-    calls, P, p = library.of(dtype, C), 150, [0.3, 0.5, 0.2]
-    maps, grad, record = [draw(P, C) for _ in p], draw(P, C), draw(3, C).double().abs() + 0.5
+    calls, P, p = library.of(dtype, C), 150, [0.3, 0.5, 0.2, 0.4, 0.1, 0.7]  # of both images
+    maps, grad, record = [draw(P, C) for _ in range(3)], draw(P, C), draw(5, C).double().abs() + 0.5
     records = [record.data_ptr(), None, record.data_ptr()]
-    terms = [(y - record[0]) * record[2] if of else y for y, of in zip(maps, records)]
+    before = [(y - record[0]) * record[2] if of else y for y, of in zip(maps, records)]
+    after = [y * record[3] + record[4] if of else y for y, of in zip(before, records)]
+    shares = torch.tensor(p, dtype=torch.float64).view(3, 2, 1, 1).expand(-1, -1, P // 2, C).reshape(3, P, C)
     out, dots = torch.empty(P, C, dtype=dtype), torch.empty(4, C, dtype=torch.float64)
-    given = P, C, 3, pointers([y.data_ptr() for y in maps]), integers([C] * 3), pointers(records)
+    given = 2, P // 2, C, 3, pointers([y.data_ptr() for y in maps]), integers([C] * 3), pointers(records)
     calls.combine(*given, reals(p), out.data_ptr(), C, 1)
-    yield "combine", out, sum(share * term for share, term in zip(p, terms))
-    calls.dots(*given, grad.data_ptr(), C, dots.data_ptr(), 1)
-    yield "dots", dots, torch.stack([(grad * term).sum(0) for term in terms] + [grad.sum(0)])
+    yield "combine", out, (shares * torch.stack(after)).sum(0)
+    calls.dots(*given, reals(p), grad.data_ptr(), C, dots.data_ptr(), 1)
+    grad = shares[0] * grad
+    yield "dots", dots, torch.stack([(grad * term).sum(0) for term in before] + [grad.sum(0)])

@@ -46,15 +46,16 @@ static void NAME(emit)(REAL *dx, int64_t ld, const REAL *d, const REAL *xp, int6
         NAME(emit_row)(dx, ld, d, xp, W, channels, 0, NULL, 0);
 }
 
-/* The gradient of p BatchNorm(unit_forward(x)), a term of a sum whose gradient is g (N, OH, OW, K), pixels ldg apart.
-   `y` and `stat` are what unit_forward gave, `dot` and `sum` what `dots` gives of them, or NULL by running statistics.
-   dL/dx goes into dx, laid out as x, unless that is NULL: added, if `add`. With in_stat it is dL/dx^ for the normalised
-   x^, and dx_sums (2, C) becomes sum dL/dx^ x^ and sum dL/dx^. Into d_dw, d_pw and d_pw2, unless d_pw is NULL, go the
-   gradients w.r.t. the weights: a pass for the alphas alone needs none, and then z is not computed again. */
+/* The gradient of p BatchNorm(unit_forward(x)), a term of a sum whose gradient is g (N, OH, OW, K), pixels ldg apart,
+   images times `shares` (N,), if given. `y` and `stat` are what unit_forward gave, `dot` and `sum` what `dots` gives of
+   them, or NULL by running statistics. dL/dx goes into dx, laid out as x, unless that is NULL: added, if `add`. With
+   in_stat it is dL/dx^ for x^ = BatchNorm(x), and dx_sums (2, C) becomes sum dL/dx^ x^ and sum dL/dx^, unless that is
+   NULL. Into d_dw, d_pw and d_pw2, unless d_pw is NULL, go the gradients w.r.t. the weights: a pass for the alphas
+   alone needs none, and then z is not computed again. */
 int NAME(unit_backward)(const struct unit *u, const REAL *x, const double *in_stat, const REAL *dw, const REAL *pw,
-                        const REAL *pw2, const REAL *y, const double *stat, double p, const REAL *g, int64_t ldg,
-                        const double *dot, const double *sum, REAL *dx, int64_t add, double *dx_sums, REAL *d_dw,
-                        REAL *d_pw, REAL *d_pw2, int64_t threads)
+                        const REAL *pw2, const REAL *y, const double *stat, double p, const double *shares,
+                        const REAL *g, int64_t ldg, const double *dot, const double *sum, REAL *dx, int64_t add,
+                        double *dx_sums, REAL *d_dw, REAL *d_pw, REAL *d_pw2, int64_t threads)
 {
     int64_t C = UP(u->C), K = UP(u->K), I = u->kind == HALVES ? 2 * C : C, pad = PAD(u), size = u->kernel * u->kernel;
     int64_t rows = ROWS(u), group = rows * u->OW, width = (u->W + 2 * pad) * C, image = u->H * width;
@@ -92,7 +93,7 @@ int NAME(unit_backward)(const struct unit *u, const REAL *x, const double *in_st
 #pragma omp for schedule(static)
         for (int64_t block = 0; block < blocks; block++) {
             REAL *of_pw = parts + block * part, *of_dw = of_pw + K * I;
-            double *of_x = in_stat ? sums + block * 2 * C : NULL;
+            double *of_x = dx_sums ? sums + block * 2 * C : NULL;
             for (int64_t n = block * u->N / blocks; n < (block + 1) * u->N / blocks; n++) {
                 REAL *to = dx ? dx + n * u->H * u->W * u->ld : NULL;
                 int64_t ready = 0, done = 0;  /* rows of xp, and of dx */
@@ -100,14 +101,16 @@ int NAME(unit_backward)(const struct unit *u, const REAL *x, const double *in_st
                     int64_t count = MIN(rows, u->OH - oy), P = count * u->OW, first = (n * u->OH + oy) * u->OW;
                     ready = NAME(rectify)(xp, u, pad, x + n * u->H * u->W * u->ld, in_stat ? in_a : NULL, in_b, ready,
                                           oy + count < u->OH ? NEEDED(u, pad, oy + count) : u->H);
-                    for (int64_t v = 0; v < K; v += L)  /* through BatchNorm */
+                    for (int64_t v = 0; v < K; v += L) {  /* through BatchNorm */
+                        V slope = READ(a + v) * (shares ? (REAL)shares[n] : 1);
                         for (int64_t i = 0; i < P; i++) {
                             const REAL *at_g = g + (first + i) * ldg + v, *at_y = y + (first + i) * u->K + v;
                             __builtin_prefetch(at_g + AHEAD * ldg);
                             __builtin_prefetch(at_y + AHEAD * u->K);
-                            AT(dy + i * K + v) = READ(c + v) + READ(a + v) * NAME(load)(at_g, MAX(0, u->K - v))
+                            AT(dy + i * K + v) = READ(c + v) + slope * NAME(load)(at_g, MAX(0, u->K - v))
                                                  + READ(b + v) * NAME(load)(at_y, MAX(0, u->K - v));
                         }
+                    }
                     if (d_pw)
                         NAME(weight_gradient)(of_pw, dy, NAME(inner)(z, u, pad, xp, wd, oy, count), P, K, I);
                     if (dx || u->kind == DEPTHWISE)
