@@ -239,13 +239,15 @@ class EvaluatedSupernet(nn.Module):
                 or torch.compiler.is_compiling() or torch.jit.is_tracing()):
             return self.definition(x)
         with torch.no_grad():
-            return torch.cat([self._logits(part) for part in x.split(BLOCK * torch.get_num_threads())])
+            # the last bits of a matrix product may depend on how many rows it has, so there is one for all images
+            parts = x.split(BLOCK * torch.get_num_threads())
+            return self.classifier(torch.cat([self._features(part) for part in parts]))
 
-    def _logits(self, x: Tensor) -> Tensor:
+    def _features(self, x: Tensor) -> Tensor:
         s0, s1 = stem_outputs(self, x.contiguous(memory_format=torch.channels_last))
         for cell in self.cells:
             s0, s1 = s1, cell(s0, s1, None if isinstance(cell, EvaluatedCell) else self._shares_of(cell))
-        return self.classifier(s1.mean(dim=(2, 3)))
+        return s1.mean(dim=(2, 3))
 
 
 def _evaluated(library: Library, cell: nn.Module, shares: Tensor) -> nn.Module:
