@@ -16,9 +16,9 @@ from conas.runs.progress import snapshot
 if TYPE_CHECKING:
     from conas.commands.train import TrainRun
 
-# Measured in float32, one thread (docs/retraining.md): of DARTS_V2, but the speed by torch.compile of another network
-SPEED = {"kernels": 1.24, "torch.compile": 1.16}  # of a step, over that of plain modules
-SECONDS = 2 * 237 / 6  # that compiling takes for each cell: in epoch 0, and in the next, the first with drop path
+# Measured with DARTS_V2 in float32, one thread (docs/retraining.md)
+SPEED = {"kernels": 1.92, "torch.compile": 1.45}  # of a step, over that of plain modules
+SECONDS = (196 + 100) / 6  # that compiling takes for each cell: in epoch 0, and in the next, the first with drop path
 CLEARLY = 3    # times the steps in which that is won back must be left
 RECORD = "compiled"  # in args.json: what auto has chosen
 

@@ -84,3 +84,25 @@ def test_a_hook_sees_its_operation_and_changes_what_comes_out():
     hook.remove()
     operation.register_forward_hook(lambda _module, _given, out: 2 * out)
     assert not torch.allclose(network(x), before)
+
+
+def test_operations_that_do_not_fit_together_are_refused():
+    network = NetworkCIFAR(4, 10, 2, False, GENOTYPES["DARTS_V2"])
+    network.cells[0]._ops[1] = nn.MaxPool2d(3, 2)  # a pixel less in height and width than what it is added to
+    train_by_kernels(network.to(memory_format=torch.channels_last).train(), kernels())
+    with pytest.raises(ValueError, match=r"edges into a node differ: .*\(2, 8, 16, 16\).*\(2, 8, 15, 15\)"):
+        network(torch.randn(2, 3, 32, 32))
+
+
+def test_a_copy_trains_modules_of_its_own():
+    torch.manual_seed(0)
+    network = varied(NetworkCIFAR(4, 10, 2, False, GENOTYPES["DARTS_V2"]))
+    train_by_kernels(network, kernels())
+    copy, x, before = deepcopy(network), torch.randn(2, 3, 32, 32, dtype=torch.float64), deepcopy(network.state_dict())
+    copy(x).sum().backward()
+    assert all(p.grad is None for p in network.parameters()) and all(p.grad is not None for p in copy.parameters())
+    torch.testing.assert_close(network.state_dict(), before, rtol=0, atol=0)
+    with torch.no_grad():
+        for p in copy.parameters():
+            p.zero_()
+    assert not copy(x).any() and network(x).any()

@@ -52,7 +52,7 @@ class Edge(NamedTuple):
 def node(library: Library, edges: Sequence[Edge], seen: list[Seen]) -> Tensor:
     """The sum (N, K, H', W') of edges in training, in one pass over what their operations make.
 
-    Operations are of units; `weights` are as of `run_operation`.
+    Operations are of units; `weights` are as of `run_operation`. Raises ValueError if the edges do not fit together.
     """
     def run(tape: Tape, *inputs: Tensor):
         parts, at = [], 0
@@ -62,6 +62,9 @@ def node(library: Library, edges: Sequence[Edge], seen: list[Seen]) -> Tensor:
             parts.append(_Plain(x) if edge.operation is None else _Units(
                 library, edge.operation, True, tape, tape.wanted[here], x, weights))
         maps = [part.forward(seen) for part in parts]
+        found = [((y.shape[0], y.shape[3], *y.shape[1:3]), y.dtype) for y in maps]
+        if len(set(found)) > 1:
+            raise ValueError("edges into a node differ: " + ", ".join(f"{shape} in {dtype}" for shape, dtype in found))
         N, H, W, K = maps[0].shape
         out, shares = maps[0].new_empty(N, H, W, K), [edge.shares for edge in edges]
         library.of(out.dtype, K).combine(
