@@ -3,11 +3,14 @@ from copy import deepcopy
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as some
 from torch import nn
 from torch.nn.functional import cross_entropy
 
 from conas.darts.batchnorm import use_exact_sums
-from conas.darts.derived import NetworkCIFAR
+from conas.darts.derived import Cell, NetworkCIFAR
+from conas.darts.genotype import Genotype
 from conas.darts.operations import DilConv, FactorizedReduce, ReLUConvBN, SepConv
 from conas.darts.published import GENOTYPES
 from conas.engine.convolutions import accelerate_convolutions
@@ -47,6 +50,35 @@ def test_an_operation_its_gradients_and_statistics_are_torchs(make):
         module.eval()
         found[-1].append(module(own))
     torch.testing.assert_close(found[1], found[0], **EXACT)
+
+
+OPERATIONS = "sep_conv_3x3", "sep_conv_5x5", "dil_conv_3x3", "dil_conv_5x5", "skip_connect", "max_pool_3x3"
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@settings(max_examples=15, deadline=None, database=None, derandomize=True)
+@given(N=some.integers(1, 5), C=some.integers(1, 19), H=some.integers(3, 11), W=some.integers(3, 11),
+       names=some.lists(some.sampled_from(OPERATIONS), min_size=8, max_size=8), reduction=some.booleans(),
+       probability=some.sampled_from([0.0, 0.4]))
+def test_a_cell_and_its_gradients_are_the_definitions(threads, N, C, H, W, names, reduction, probability):
+    torch.manual_seed(0)
+    edges = [(name, i // 2 + i % 2) for i, name in enumerate(names)]
+    plain = varied(Cell(Genotype(edges, range(2, 6), edges, range(2, 6)), 3, 5, C + 1, reduction, False))
+    ours = deepcopy(plain)
+    train_by_kernels(ours, kernels())
+    inputs, found = [torch.randn(N, channels, H, W, dtype=torch.float64) for channels in (3, 5)], []
+    try:
+        torch.set_num_threads(threads)
+        for cell in plain, ours:
+            own = [x.clone().contiguous(memory_format=torch.channels_last).requires_grad_() for x in inputs]
+            torch.manual_seed(1)  # of drop path
+            y = cell(*own, probability)
+            gradients = torch.autograd.grad((y * torch.arange(y.numel()).view(y.shape).cos()).sum(),
+                                            [*own, *cell.parameters()])
+            found.append([y, *gradients, *cell.buffers()])
+    finally:
+        torch.set_num_threads(1)
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-9)
 
 
 @pytest.mark.parametrize("cells, drop_path_prob", [("DARTS_V2", 0.3), ("AmoebaNet", 0.3), ("NASNet", 0.0)])
