@@ -70,7 +70,7 @@ def test_a_wrong_kernel_is_named(module, name, says, monkeypatch):
 @pytest.mark.parametrize("name, argument, says", [
     ("unit_backward", 7, "weights of sep_conv_3x3"),  # another record of BatchNorm
     ("pools_backward", 12, "the gradient w.r.t."),    # the gradient goes elsewhere
-    ("combine", 5, "the logits in evaluation"),
+    ("combine", 6, "the logits in evaluation"),
 ])
 def test_a_wrong_compiled_kernel_is_named(name, argument, says, monkeypatch):
     engine, other = packed(native=True), torch.ones(10**6, dtype=torch.float64)
@@ -80,7 +80,7 @@ def test_a_wrong_compiled_kernel_is_named(name, argument, says, monkeypatch):
         def wrong(*arguments, right=right):
             arguments = list(arguments)
             arguments[argument] = (other.data_ptr() if name != "combine" else
-                                   pointers([other.data_ptr()] * arguments[2]))
+                                   pointers([other.data_ptr()] * arguments[3]))
             return right(*arguments)
 
         monkeypatch.setattr(table, name, wrong)
