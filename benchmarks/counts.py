@@ -81,7 +81,7 @@ def _unit_forward(u: Sizes, *_others) -> int:
 
 def _unit_backward(u: Sizes, *others) -> int:
     depthwise, pointwise = _convolutions(u)
-    of_x, of_weights = (others[i] is not None for i in (12, 16))  # dx and d_pw of unit_backward.c
+    of_x, of_weights = (others[i] is not None for i in (13, 17))  # dx and d_pw of unit_backward.c
     return of_x * depthwise + (of_x or depthwise > 0) * pointwise + of_weights * (depthwise + pointwise)
 
 
